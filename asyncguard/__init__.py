@@ -1,0 +1,27 @@
+"""asyncguard keeps the event loop of an ASGI service responsive.
+
+    asyncguard.install(app)     guard a FastAPI or Starlette application
+    asyncguard.guard(app)       wrap any ASGI application
+
+Or, without a change to the application: ``asyncguard run main:app``.
+"""
+
+from asyncguard._install import guard, install
+from asyncguard.blocking import BlockingMiddleware, LoopMonitor
+from asyncguard.errors import AppNotLoaded, AsyncguardError
+from asyncguard.events import Advice, BlockedLine, BlockReport, InFlight, SourceLine, Victim
+
+__all__ = [
+    "Advice",
+    "AppNotLoaded",
+    "AsyncguardError",
+    "BlockReport",
+    "BlockedLine",
+    "BlockingMiddleware",
+    "InFlight",
+    "LoopMonitor",
+    "SourceLine",
+    "Victim",
+    "guard",
+    "install",
+]

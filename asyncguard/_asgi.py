@@ -1,0 +1,44 @@
+"""What asyncguard knows of ASGI itself, whatever the framework."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+__all__ = ["checked_app", "is_asgi_app", "is_factory"]
+
+
+def is_asgi_app(app: object) -> bool:
+    """Whether `app` looks like an ASGI 3 application: ``await app(scope, receive, send)``.
+
+    The rule is uvicorn's: a coroutine function, or an object whose ``__call__`` is one.
+    """
+    while isinstance(app, functools.partial):
+        app = app.func
+    if inspect.isclass(app):
+        return False
+    return inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(
+        getattr(app, "__call__", None)  # noqa: B004 - the method itself is wanted
+    )
+
+
+def is_factory(candidate: object) -> bool:
+    """Whether `candidate` is a plain function that can be called without arguments."""
+    if not inspect.isroutine(candidate) or inspect.iscoroutinefunction(candidate):
+        return False
+    try:
+        inspect.signature(candidate).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def checked_app(app: object, *, called_by: str) -> None:
+    """Refuse what is no ASGI application.
+
+    Raises:
+        TypeError: If `app` cannot be called as ``await app(scope, receive, send)``.
+    """
+    if not is_asgi_app(app):
+        hint = "; call the factory and pass what it returns" if is_factory(app) else ""
+        raise TypeError(f"{called_by} takes an ASGI application, not {app!r}{hint}")

@@ -1,0 +1,127 @@
+"""Putting every guard in its right place: `install` for Starlette and FastAPI, `guard` for any ASGI app."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
+from asyncguard._asgi import checked_app
+from asyncguard._options import checked_seconds
+from asyncguard.blocking import SHORTEST_THRESHOLD, BlockingMiddleware
+from asyncguard.events import BlockReport
+
+__all__ = ["guard", "install"]
+
+
+def install(
+    app: Starlette,
+    *,
+    block_threshold: float | None = 0.1,
+    on_block: Callable[[BlockReport], object] | None = None,
+    project_root: str | os.PathLike[str] | None = None,
+    log: bool = True,
+) -> None:
+    """Guard a Starlette or FastAPI application, in place.
+
+    Call it anywhere before the application is served: middlewares added before and after end up inside
+    the guard, whatever the order.
+
+    Args:
+        app: The application.
+        block_threshold: The shortest stall of the event loop to report, in seconds; `None` switches
+            blocking detection off.
+        on_block: Called with each `BlockReport`, on a thread of its own.
+        project_root: The directory whose files are yours. By default, everything that is neither in
+            the standard library nor in a ``site-packages`` folder.
+        log: Whether to log to ``asyncguard.blocking``.
+
+    Raises:
+        TypeError: If `app` is neither a Starlette nor a FastAPI application, or an option is of the
+            wrong type.
+        ValueError: If an option is out of range.
+        RuntimeError: If the application is being served already, or guarded already.
+    """
+    if not isinstance(app, Starlette):
+        raise TypeError(
+            f"install() takes a Starlette or FastAPI application, not {app!r}; "
+            "wrap any other ASGI application with asyncguard.guard(app)"
+        )
+    if app.middleware_stack is not None:
+        raise RuntimeError(
+            f"install() came too late: {app!r} is being served already; call it where the app is built"
+        )
+    build = app.build_middleware_stack
+    if isinstance(build, _GuardedStack):
+        raise RuntimeError(f"install() was called twice for {app!r}; pass all options in one call")
+    if block_threshold is None:
+        return
+    outermost = _blocking(app.router, block_threshold, on_block, project_root, log)
+    app.build_middleware_stack = _GuardedStack(build, outermost)  # type: ignore[method-assign]
+
+
+def guard(
+    app: ASGIApp,
+    *,
+    block_threshold: float | None = 0.1,
+    on_block: Callable[[BlockReport], object] | None = None,
+    project_root: str | os.PathLike[str] | None = None,
+    log: bool = True,
+) -> ASGIApp:
+    """Wrap any ASGI application from outside, without a change to it.
+
+    Args:
+        app: The ASGI application.
+        block_threshold: The shortest stall of the event loop to report, in seconds; `None` switches
+            blocking detection off.
+        on_block: Called with each `BlockReport`, on a thread of its own.
+        project_root: The directory whose files are yours. By default, everything that is neither in
+            the standard library nor in a ``site-packages`` folder.
+        log: Whether to log to ``asyncguard.blocking``.
+
+    Returns:
+        The guarded ASGI application; `app` itself if every guard is off.
+
+    Raises:
+        TypeError: If `app` is no ASGI application, or an option is of the wrong type.
+        ValueError: If an option is out of range.
+    """
+    checked_app(app, called_by="guard()")
+    if block_threshold is None:
+        return app
+    return _blocking(app, block_threshold, on_block, project_root, log)
+
+
+def _blocking(
+    app: ASGIApp,
+    threshold: float,
+    on_block: Callable[[BlockReport], object] | None,
+    project_root: str | os.PathLike[str] | None,
+    log: bool,
+) -> BlockingMiddleware:
+    return BlockingMiddleware(
+        app,
+        # Checked here as well, for the sake of the name that the caller knows it by.
+        threshold=checked_seconds("block_threshold", threshold, minimum=SHORTEST_THRESHOLD),
+        on_block=on_block,
+        project_root=project_root,
+        log=log,
+    )
+
+
+class _GuardedStack:
+    """What builds the application's middlewares, with a guard around all of them.
+
+    Starlette calls it when the first message arrives. Until then the guard holds the bare router: it is
+    made at once, so that its options are checked where they were written.
+    """
+
+    def __init__(self, build: Callable[[], ASGIApp], outermost: BlockingMiddleware) -> None:
+        self._build = build
+        self._outermost = outermost
+
+    def __call__(self) -> ASGIApp:
+        self._outermost.app = self._build()
+        return self._outermost

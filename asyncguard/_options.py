@@ -1,0 +1,74 @@
+"""Checks of what users pass as options: refused early, with the option, the value and what is allowed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["checked_directory", "checked_flag", "checked_hook", "checked_seconds"]
+
+
+def checked_seconds(option: str, value: object, *, minimum: float = 0.0) -> float:
+    """A duration in seconds, finite and greater than `minimum` (equal to it will do when above 0).
+
+    Raises:
+        TypeError: If `value` is no number.
+        ValueError: If it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{option} must be a number of seconds, not {value!r}")
+    at_least = f"at least {minimum:g}" if minimum else "greater than 0"
+    if not math.isfinite(value) or value < minimum or value <= 0:
+        raise ValueError(f"{option} must be a finite number of seconds {at_least}, not {value!r}")
+    return float(value)
+
+
+def checked_flag(option: str, value: object) -> bool:
+    """A plain `True` or `False`.
+
+    Raises:
+        TypeError: If `value` is anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{option} must be True or False, not {value!r}")
+    return value
+
+
+def checked_hook(option: str, value: Callable[..., Any] | None) -> None:
+    """A plain function to be called with one event, or `None`.
+
+    Raises:
+        TypeError: If `value` cannot be called, or is a coroutine function: hooks run outside any loop.
+    """
+    if value is None:
+        return
+    if not callable(value):
+        raise TypeError(f"{option} must be a function that takes one event, or None, not {value!r}")
+    if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(
+        getattr(value, "__call__", None)  # noqa: B004 - the method itself is wanted
+    ):
+        raise TypeError(
+            f"{option} must be a plain function, not the coroutine function {value!r}: "
+            "it is called on a thread of its own, outside any event loop"
+        )
+
+
+def checked_directory(option: str, value: str | os.PathLike[str] | None) -> str | None:
+    """An existing directory as an absolute path, or `None`.
+
+    Raises:
+        TypeError: If `value` is no path.
+        ValueError: If there is no such directory.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{option} must be the path of a directory, or None, not {value!r}")
+    path = Path(value).resolve()
+    if not path.is_dir():
+        raise ValueError(f"{option} must be an existing directory, not {os.fspath(value)!r}")
+    return str(path)

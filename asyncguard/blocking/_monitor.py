@@ -1,0 +1,266 @@
+"""A monitor: what a user asks to be told of stalls, and what has been told so far."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from asyncguard import _clock
+from asyncguard._hooks import Hook
+from asyncguard._options import (
+    checked_directory,
+    checked_flag,
+    checked_hook,
+    checked_seconds,
+)
+from asyncguard.blocking._probes import running_loop
+from asyncguard.blocking._report import awaited_line, compose, excuse
+from asyncguard.blocking._reporter import Reporter
+from asyncguard.blocking._stall import Stall
+from asyncguard.blocking._watch import LoopWatch
+from asyncguard.events import BlockedLine, BlockReport, InFlight
+
+__all__ = ["SHORTEST_THRESHOLD", "LoopMonitor"]
+
+SHORTEST_THRESHOLD = 0.005
+"""Below this many seconds, the system's own scheduling looks like stalls."""
+
+logger = logging.getLogger("asyncguard.blocking")
+
+_MOST_LINES = 1000
+_MOST_REQUESTS_PER_LINE = 10
+_LOG_AGAIN_AFTER = 60.0
+_FLUSH_TIMEOUT = 2.0
+
+_watches: weakref.WeakKeyDictionary[Any, LoopWatch] = weakref.WeakKeyDictionary()
+"""The watch over each running loop: one, however many monitors listen."""
+
+_watches_lock = threading.Lock()
+
+
+class LoopMonitor:
+    """Reports what blocks the event loop, and for how long.
+
+    Use it around anything asynchronous, with or without ASGI:
+
+        async with LoopMonitor(threshold=0.05):
+            await consume(queue)
+
+    It watches the loop that it is entered on: asyncio's own loops, uvloop or trio. One monitor may watch
+    several loops at once, each in its own thread.
+
+    Args:
+        threshold: The shortest stall to report, in seconds; at least 0.005.
+        on_block: Called with each `BlockReport`, on a thread of its own, soon after the stall. Its
+            exceptions are logged once and reach nobody else.
+        project_root: The directory whose files are yours. By default, everything that is neither in
+            the standard library nor in a ``site-packages`` folder.
+        log: Whether to log to ``asyncguard.blocking``: each line's first stall at once, then at most
+            one record a minute.
+
+    Raises:
+        TypeError: If an option is of the wrong type.
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.1,
+        on_block: Callable[[BlockReport], object] | None = None,
+        project_root: str | os.PathLike[str] | None = None,
+        log: bool = True,
+    ) -> None:
+        self._threshold = checked_seconds("threshold", threshold, minimum=SHORTEST_THRESHOLD)
+        checked_hook("on_block", on_block)
+        self._project_root = checked_directory("project_root", project_root)
+        self._log = checked_flag("log", log)
+        self._hook = Hook("on_block", on_block, logger) if on_block is not None else None
+        self._lock = threading.Lock()
+        self._lines: OrderedDict[tuple[str, int] | None, BlockedLine] = OrderedDict()
+        self._logged: dict[tuple[str, int] | None, tuple[float, int]] = {}
+        self._excused = {"starved": 0, "suspended": 0, "unexplained": 0}
+        self._latest: LoopWatch | None = None
+
+    # -- for users -------------------------------------------------------------------------------
+
+    @property
+    def threshold(self) -> float:
+        """The shortest stall that is reported, in seconds."""
+        return self._threshold
+
+    @property
+    def lines(self) -> tuple[BlockedLine, ...]:
+        """What each line has cost so far, the most costly first; the last 1000 lines that blocked.
+
+        Stalls of the application's start-up are not among them.
+        """
+        with self._lock:
+            lines = tuple(self._lines.values())
+        return tuple(sorted(lines, key=lambda entry: entry.total, reverse=True))
+
+    @property
+    def in_flight(self) -> tuple[InFlight, ...]:
+        """The requests that have begun and not ended on the loops watched now, the oldest first."""
+        now = _clock.monotonic()
+        records = [
+            record
+            for watch in list(_watches.values())
+            if watch.heard_by(self._receive)
+            for record in list(watch.in_flight)
+        ]
+        return tuple(
+            InFlight(record.label, now - record.started, awaited_line(record, self._project_root))
+            for record in sorted(records, key=lambda record: record.started)
+        )
+
+    @property
+    def excused(self) -> Mapping[str, int]:
+        """How many stalls nobody was blamed for, so that they were not reported.
+
+        ``starved`` counts those in which other processes had the cores, ``suspended`` those in which
+        this process was stopped (SIGSTOP, a sleeping machine), and ``unexplained`` those that showed
+        neither a line nor a request.
+        """
+        with self._lock:
+            return dict(self._excused)
+
+    async def __aenter__(self) -> LoopMonitor:
+        self.watch()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Stop watching the running loop, and wait up to 2 s until the last reports are out."""
+        reporter = self.leave()
+        if reporter is not None and reporter.running:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(reporter.join, _FLUSH_TIMEOUT)
+
+    # -- for the middleware ----------------------------------------------------------------------
+
+    def watch(self) -> LoopWatch:
+        """Watch the running loop from now on, if that is not so already."""
+        loop = running_loop()
+        watch = self._latest
+        if watch is not None and watch.active and watch.loop() is loop:
+            return watch
+        with _watches_lock:
+            watch = _watches.get(loop)
+            if watch is None or not watch.active:
+                watch = _watches[loop] = LoopWatch(loop, self._threshold)
+        watch.listen(self._receive, self._threshold)
+        self._latest = watch
+        return watch
+
+    def leave(self) -> Reporter | None:
+        """Stop watching the running loop.
+
+        Returns:
+            What still has reports to hand over, if nobody else watches this loop.
+        """
+        self._latest = None
+        try:
+            watch = _watches.get(running_loop())
+        except RuntimeError:
+            return None  # the loop was closed, and its watch ends by itself
+        return None if watch is None else watch.unlisten(self._receive)
+
+    # -- on the reporter's thread ----------------------------------------------------------------
+
+    def _receive(self, stall: Stall) -> None:
+        innocent = excuse(stall, self._threshold)
+        if innocent is not None:
+            with self._lock:
+                self._excused[innocent] += 1
+            return
+        report = compose(stall, self._project_root)
+        if not report.starting:
+            self._enter(report)
+        if self._hook is not None:
+            self._hook(report)
+        if self._log:
+            self._log_grouped(report)
+
+    def _enter(self, report: BlockReport) -> None:
+        """Add the report to what its line has cost so far."""
+        key = _key(report)
+        with self._lock:
+            entry = self._lines.pop(key, None) or BlockedLine(
+                line=report.line,
+                call=report.call,
+                requests=(),
+                count=0,
+                total=0.0,
+                worst=0.0,
+                victims=0,
+                advice=report.advice,
+            )
+            requests = entry.requests
+            if (
+                report.request is not None
+                and report.request not in requests
+                and len(requests) < _MOST_REQUESTS_PER_LINE
+            ):
+                requests = (*requests, report.request)
+            worse = report.duration > entry.worst
+            self._lines[key] = replace(
+                entry,
+                call=report.call if worse else entry.call,
+                requests=requests,
+                count=entry.count + 1,
+                total=entry.total + report.duration,
+                worst=max(entry.worst, report.duration),
+                victims=entry.victims + len(report.victims),
+                advice=report.advice if worse else entry.advice,
+            )
+            if len(self._lines) > _MOST_LINES:
+                forgotten, _ = self._lines.popitem(last=False)
+                self._logged.pop(forgotten, None)
+
+    def _log_grouped(self, report: BlockReport) -> None:
+        key = _key(report)
+        now = _clock.monotonic()
+        with self._lock:
+            last, unlogged = self._logged.get(key, (float("-inf"), 0))
+            again = now - last >= _LOG_AGAIN_AFTER
+            self._logged[key] = (now, 0) if again else (last, unlogged + 1)
+        if not again:
+            return
+        since = f" ({unlogged} more of this line since it was last logged)" if unlogged else ""
+        level = logging.INFO if report.starting else logging.WARNING
+        logger.log(level, "%s%s", report, since, extra={"asyncguard_report": report})
+
+
+def _key(report: BlockReport) -> tuple[str, int] | None:
+    return None if report.line is None else (report.line.file, report.line.line)
+
+
+def _forget_watches() -> None:
+    """In a forked child: the threads of the parent's watches are not there."""
+    global _watches_lock
+    _watches_lock = threading.Lock()  # another thread may have held it
+    for watch in _watches.values():
+        watch.abandon()
+    _watches.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_watches)

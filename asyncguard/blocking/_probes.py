@@ -1,0 +1,208 @@
+"""How each kind of event loop tells when it runs callbacks and when it waits for I/O.
+
+A probe calls `LoopWatch.stalled` on the loop's own thread when the loop was held for too long, and
+`LoopWatch.settle` once an iteration while the aftermath of a stall is open. Between times it answers the
+watchdog's question since when the loop has been held (`held_since`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from asyncguard import _clock
+from asyncguard.blocking._lookups import keep_contexts
+
+if TYPE_CHECKING:
+    from asyncguard.blocking._watch import LoopWatch
+
+__all__ = ["Probe", "attach_probe", "running_loop"]
+
+
+class Probe(Protocol):
+    """What a `LoopWatch` needs of a loop.
+
+    Attributes:
+        outside: The `id` of the frame that runs the loop, where callbacks do not run below
+            `asyncio.Handle._run`; 0 if unknown.
+    """
+
+    outside: int
+
+    def held_since(self) -> float | None:
+        """Since when the loop has run callbacks without a poll; `None` while it waits for I/O."""
+
+    def long_turn(self, since: float, until: float) -> None:
+        """A request's turn of at least the threshold has just ended, timed exactly."""
+
+    def detach(self) -> None:
+        """Leave the loop as it was. Called on the loop's thread."""
+
+
+def running_loop() -> Any:
+    """The object that stands for the event loop running in this thread.
+
+    Returns:
+        The asyncio loop, or trio's token.
+
+    Raises:
+        RuntimeError: If no event loop runs in this thread.
+    """
+    loop = asyncio._get_running_loop()
+    if loop is not None:
+        return loop
+    if "trio" in sys.modules:
+        import trio
+
+        return trio.lowlevel.current_trio_token()
+    raise RuntimeError("no event loop runs in this thread")
+
+
+def attach_probe(watch: LoopWatch, loop: Any) -> Probe:
+    """Put the right probe on the running `loop`."""
+    if not isinstance(loop, asyncio.AbstractEventLoop):
+        from asyncguard.blocking._trio import TrioProbe  # trio is optional
+
+        return TrioProbe(watch)
+    selector = getattr(loop, "_selector", None)
+    if hasattr(selector, "select"):
+        return SelectorProbe(watch, selector)
+    return HeartbeatProbe(watch, loop)
+
+
+class SelectorProbe:
+    """asyncio's own loops: times each iteration by a wrap of the selector's `select`.
+
+    Exact, and free of wake-ups while the loop is idle.
+    """
+
+    def __init__(self, watch: LoopWatch, selector: Any) -> None:
+        self.outside = 0
+        self._selector = selector
+        self._held_since: float | None = _clock.monotonic()
+        self._attached = True
+        self._original = selector.select
+        self._wrapper = self._wrap(watch, self._original)
+        selector.select = self._wrapper
+
+    def held_since(self) -> float | None:
+        return self._held_since
+
+    def long_turn(self, since: float, until: float) -> None:
+        """Nothing to do: the iteration that it belongs to is timed as a whole."""
+
+    def detach(self) -> None:
+        self._attached = False
+        self._held_since = None
+        # Somebody may have wrapped our wrapper since: then it stays, and only passes calls on.
+        if vars(self._selector).get("select") is self._wrapper:
+            del self._selector.select
+
+    def _wrap(self, watch: LoopWatch, original: Callable[..., Any]) -> Callable[..., Any]:
+        monotonic = _clock.monotonic
+
+        def select(timeout: float | None = None) -> Any:
+            if not self._attached:
+                return original(timeout)
+            since = self._held_since
+            if since is not None:
+                now = monotonic()
+                if now - since >= watch.threshold:
+                    watch.stalled(since, now)
+                elif watch.aftermath is not None:
+                    watch.settle()
+            self._held_since = None
+            if watch.aftermath is not None and (timeout is None or timeout > 0):
+                # Nothing is ready but what the poll brings. If it brings nothing at once, nobody
+                # else was waiting, and the aftermath is over before the loop goes to sleep.
+                if events := original(0):
+                    self._held_since = monotonic()
+                    return events
+                watch.close_aftermath()
+            try:
+                return original(timeout)
+            finally:
+                if self._attached:
+                    self._held_since = monotonic()
+
+        return select
+
+
+class HeartbeatProbe:
+    """uvloop and other loops without a selector to wrap: a timer that should fire on time.
+
+    A late beat shows that the loop was held. When exactly it began is known to within one interval,
+    but for turns of guarded requests, which are timed exactly wherever they run.
+    """
+
+    BEATS_PER_THRESHOLD = 5
+
+    def __init__(self, watch: LoopWatch, loop: asyncio.AbstractEventLoop) -> None:
+        self._watch = watch
+        # The watch outlives a loop that was closed without a shutdown; the loop must not live on by it.
+        self._loop = weakref.ref(loop)
+        self._interval = 0.0
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._attached = True
+        self._settling = False
+        self.outside = 0
+        loop.call_soon(self._look_outside)
+        self._forget_contexts = keep_contexts(loop)
+        self._schedule(loop)
+
+    def held_since(self) -> float | None:
+        turn = self._watch.turn_since if self._watch.turn is not None else None
+        if _clock.monotonic() <= self._due:
+            return turn
+        return self._due if turn is None else min(turn, self._due)
+
+    def long_turn(self, since: float, until: float) -> None:
+        """Exact, where the next beat could only estimate."""
+        self._stalled(since, until)
+
+    def detach(self) -> None:
+        self._attached = False
+        self._due = float("inf")
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._forget_contexts()
+
+    def _look_outside(self) -> None:
+        # Called by the loop itself, which is no Python code: the next frame is its caller.
+        self.outside = id(sys._getframe().f_back)
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._interval = self._watch.threshold / self.BEATS_PER_THRESHOLD
+        self._due = _clock.monotonic() + self._interval
+        self._timer = loop.call_later(self._interval, self._beat)
+
+    def _beat(self) -> None:
+        loop = self._loop()
+        if loop is None or not self._attached:
+            return
+        self.outside = id(sys._getframe().f_back)
+        now = _clock.monotonic()
+        # A hold that began between two beats began half an interval before the missed one, on average.
+        since = max(self._due - self._interval / 2, self._watch.stalled_until)
+        if now - since >= self._watch.threshold:
+            self._stalled(since, now)
+        self._schedule(loop)
+
+    def _stalled(self, since: float, until: float) -> None:
+        self._watch.stalled(since, until)
+        loop = self._loop()
+        if loop is not None and not self._settling:
+            self._settling = True
+            loop.call_soon(self._settle)
+
+    def _settle(self) -> None:
+        loop = self._loop()
+        self._settling = loop is not None and self._attached and self._watch.aftermath is not None
+        if loop is not None and self._settling:
+            self._watch.settle()
+            loop.call_soon(self._settle)

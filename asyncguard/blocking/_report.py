@@ -1,0 +1,252 @@
+"""From a stall to the report of it: which line, which call, whose request, who suffered and why."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Literal, NamedTuple, TypeVar
+
+from asyncguard._request import RequestRecord
+from asyncguard.blocking._advice import advice_for
+from asyncguard.blocking._lookups import RawFrame, await_chain, position
+from asyncguard.blocking._source import (
+    call_text,
+    definition_line,
+    function_name,
+    is_user_code,
+    resolved_name,
+    source_line,
+)
+from asyncguard.blocking._stall import Sample, Stall
+from asyncguard.events import BlockReport, Cause, SourceLine, Victim
+
+__all__ = ["Excuse", "awaited_line", "compose", "excuse"]
+
+Excuse = Literal["starved", "suspended", "unexplained"]
+"""Why nobody is blamed for a stall: the cores were busy with other processes, this process was stopped,
+or there was nothing to be seen of it, neither a line nor a request."""
+
+_numbers = itertools.count(1)
+Key = TypeVar("Key", bound=Hashable)
+
+
+def excuse(stall: Stall, threshold: float) -> Excuse | None:
+    """Whether there would have been a stall at all, had the system let the thread run.
+
+    Returns:
+        `None` if there would: the code is to blame.
+    """
+    # The window may have begun before the stall: only what cannot have been before it counts.
+    starved = stall.starved - max(0.0, stall.measured - stall.duration)
+    if stall.duration - max(0.0, starved) < threshold:
+        return "starved"
+    # A thread that holds the GIL keeps the watchdog from waking as well, but it computes.
+    on_core = max(0.0, stall.cpu)
+    if on_core < stall.duration / 4 and stall.duration - stall.overslept < threshold:
+        return "suspended"
+    if not stall.long_turns and not any(sample.frames for sample in stall.samples):
+        return "unexplained"
+    return None
+
+
+def compose(stall: Stall, project_root: str | None) -> BlockReport:
+    """Make the report of a stall that is somebody's fault."""
+    cause: Cause = "cpu" if stall.cpu >= (stall.measured - stall.starved) / 2 else "waiting"
+    sights = [_Sight.of(sample, weight, project_root) for sample, weight in _weighed(stall)]
+    record = _record(stall, sights)
+    place = _place(sights)
+    pieces = len({sight.sample.callback for sight in sights}) or 1
+    line = call = innermost = None
+    stack: tuple[SourceLine, ...] = ()
+    names: list[str] = []
+    if place is not None:
+        names = _names_called(place)
+        call = call_text(place.frame)
+        innermost = _short(names[-1] if names else function_name(place.frame))
+        line = source_line(place.frame.code, place.line)
+        stack = _stack(place)
+    elif record is not None:
+        # No line of the user's was running: the framework worked for the endpoint.
+        line = _endpoint_line(record)
+        top = max(sights, key=lambda sight: sight.weight, default=None)
+        if top is not None and top.sample.frames:
+            names = [function_name(frame) for frame in reversed(top.sample.frames)]
+            innermost = _short(_called_by(top.sample.frames[0]) or names[-1])
+    return BlockReport(
+        id=next(_numbers),
+        started=stall.wall_end - stall.duration,
+        duration=stall.duration,
+        cause=cause,
+        line=line,
+        exact=place is not None,
+        call=call or "",
+        innermost=innermost or "",
+        request=record.label if record is not None else None,
+        starting=stall.starting,
+        pieces=pieces,
+        stack=stack,
+        victims=_victims(stall, record),
+        advice=advice_for(names, cause, fan_out=record is not None and pieces >= _MANY)
+        if line is not None and not stall.starting
+        else None,
+        thread=stall.thread,
+    )
+
+
+_MANY = 3
+"""So many callbacks of one request in one stall are a fan-out: a single long hold is one callback."""
+
+
+class _Weighed(NamedTuple):
+    sample: Sample
+    weight: float
+
+
+def _weighed(stall: Stall) -> list[_Weighed]:
+    """Each sample with the time it stands for: from the sample before it to itself, the last to the end."""
+    weighed: list[_Weighed] = []
+    before = stall.start
+    for index, sample in enumerate(stall.samples):
+        until = stall.end if index == len(stall.samples) - 1 else sample.at
+        weighed.append(_Weighed(sample, until - before))
+        before = until
+    return weighed
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """A weighed sample, read: where the user's code stood in it.
+
+    Attributes:
+        user: The index of the innermost frame of the user's; `None` if there is none.
+        line: The line number there.
+    """
+
+    sample: Sample
+    weight: float
+    user: int | None
+    line: int
+
+    @classmethod
+    def of(cls, sample: Sample, weight: float, project_root: str | None) -> _Sight:
+        for index, frame in enumerate(sample.frames):
+            if is_user_code(frame.code.co_filename, project_root):
+                return cls(sample, weight, index, _line(frame))
+        return cls(sample, weight, None, 0)
+
+    @property
+    def frame(self) -> RawFrame:
+        assert self.user is not None
+        return self.sample.frames[self.user]
+
+
+def _line(frame: RawFrame) -> int:
+    place = position(frame.code, frame.instruction)
+    return place[0] if place else frame.code.co_firstlineno
+
+
+def _record(stall: Stall, sights: Sequence[_Sight]) -> RequestRecord | None:
+    """The request that had more than half of the stall."""
+    longest = max(stall.long_turns, key=lambda turn: turn.until - turn.since, default=None)
+    if longest is not None and longest.until - longest.since > stall.duration / 2:
+        return longest.record
+    return _majority((sight.sample.record, sight.weight) for sight in sights)
+
+
+def _place(sights: Sequence[_Sight]) -> _Sight | None:
+    """The look that shows the user's line best: the heaviest of the line that had most of the stall.
+
+    A loop of a few lines spends its time on all of them; then the function decides, and its heaviest
+    line stands for it.
+    """
+    function = _majority(
+        (sight.frame.code if sight.user is not None else None, sight.weight) for sight in sights
+    )
+    if function is None:
+        return None
+    inside = [s for s in sights if s.user is not None and s.frame.code is function]
+    line = _heaviest((sight.line, sight.weight) for sight in inside)
+    return max((s for s in inside if s.line == line), key=lambda sight: sight.weight)
+
+
+def _majority(weighed: Iterable[tuple[Key | None, float]]) -> Key | None:
+    """The key with more than half of the weight, if there is one."""
+    totals = _totals(weighed)
+    top = max(totals, key=totals.__getitem__, default=None)
+    return top if totals and totals[top] > sum(totals.values()) / 2 else None
+
+
+def _heaviest(weighed: Iterable[tuple[Key, float]]) -> Key:
+    totals = _totals(weighed)
+    return max(totals, key=totals.__getitem__)
+
+
+def _totals(weighed: Iterable[tuple[Key, float]]) -> dict[Key, float]:
+    totals: dict[Key, float] = {}
+    for key, weight in weighed:
+        totals[key] = totals.get(key, 0.0) + weight
+    return totals
+
+
+def _names_called(place: _Sight) -> list[str]:
+    """The full names of what the user's line called, from there inwards."""
+    assert place.user is not None
+    names = []
+    if text := call_text(place.frame):
+        names.append(resolved_name(place.frame, text))
+    names += [function_name(frame) for frame in reversed(place.sample.frames[: place.user])]
+    if place.user and (innermost := _called_by(place.sample.frames[0])):
+        names.append(innermost)
+    return names
+
+
+def _called_by(frame: RawFrame) -> str:
+    """The full name of the C function that the innermost frame was in, if it was in one."""
+    text = call_text(frame)
+    return resolved_name(frame, text) if text else ""
+
+
+def _stack(place: _Sight) -> tuple[SourceLine, ...]:
+    """From the user's outermost line to the innermost frame, outermost first."""
+    assert place.user is not None
+    frames = place.sample.frames
+    return tuple(source_line(frame.code, _line(frame)) for frame in reversed(frames))
+
+
+def _endpoint_line(record: RequestRecord) -> SourceLine | None:
+    """Where the endpoint of a request is defined."""
+    endpoint = record.endpoint
+    try:
+        code = inspect.unwrap(endpoint).__code__  # type: ignore[arg-type]
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return definition_line(code) if isinstance(code, CodeType) else None
+
+
+def awaited_line(record: RequestRecord, project_root: str | None) -> SourceLine | None:
+    """The user's innermost line that a request is awaiting; where its endpoint is, if there is none."""
+    innermost = None
+    for code, line in await_chain(record.coroutine):
+        if is_user_code(code.co_filename, project_root):
+            innermost = source_line(code, line)
+    return innermost or _endpoint_line(record)
+
+
+def _victims(stall: Stall, culprit: RequestRecord | None) -> tuple[Victim, ...]:
+    waits: dict[RequestRecord, float] = {}
+    for record, since, resumed in stall.aftermath.waits:
+        if record is not culprit and record not in waits:
+            waits[record] = resumed - max(since, stall.start)
+    return tuple(
+        Victim(record.label, wait)
+        for record, wait in sorted(waits.items(), key=lambda item: -item[1])
+        if wait > 0
+    )
+
+
+def _short(name: str) -> str:
+    """The last part of a name: what a person recognises."""
+    return name.rpartition(".")[2]

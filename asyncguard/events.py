@@ -1,0 +1,176 @@
+"""What hooks receive: frozen dataclasses without a reference to anything of the running request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Advice", "BlockReport", "BlockedLine", "Cause", "InFlight", "SourceLine", "Victim"]
+
+Cause = Literal["cpu", "waiting"]
+"""Why a line blocked: it computed (`cpu`), or it slept, waited for I/O or for a lock (`waiting`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLine:
+    """A place in the source.
+
+    Attributes:
+        file: The path of the file; relative to the working directory where it is below it.
+        line: The line number, from 1.
+        function: The qualified name of the function.
+        source: The text of the line, stripped; empty where the file cannot be read.
+    """
+
+    file: str
+    line: int
+    function: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line} in {self.function}"
+        return f"{place}: {self.source}" if self.source else place
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A request that had to wait because another one blocked the loop.
+
+    Attributes:
+        request: The label of the request, such as ``GET /users/{id}``.
+        waited: For how many seconds at most: from the start of the stall, or from its own last turn on
+            the loop, to its next turn.
+    """
+
+    request: str
+    waited: float
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do about a blocking line.
+
+    Attributes:
+        text: One sentence that can be acted on.
+        docs: The place in the documentation that says more, relative to its root.
+    """
+
+    text: str
+    docs: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """One stall of the event loop: the time in which it could run nothing else.
+
+    `str(report)` is the sentence that the log shows.
+
+    Attributes:
+        id: A number that counts up within the process.
+        started: When the stall began, in seconds since the epoch.
+        duration: How long it lasted, in seconds; measured on the loop's own thread.
+        cause: Why, as far as the operating system tells: `cpu` or `waiting`.
+        line: The user's line in which most of the stall was spent. `None` if no single line was to
+            blame, or if it ran no line of the user's.
+        exact: Whether `line` was seen running. If not, it is where the endpoint is defined: the time went
+            in library code that worked for it, such as the serialisation of its result.
+        call: What that line called, as it is written there (``requests.get``); empty if it called
+            nothing.
+        innermost: The innermost function in which the time went (``recv_into``); empty if unknown.
+        request: The label of the request that did it (``GET /users/{id}``); `None` for code that
+            belongs to no request, or if no single request was to blame.
+        starting: Whether the application was starting up, so that no request can have waited for it.
+        pieces: How many callbacks shared the stall, as far as seen: 1 for a single long hold.
+        stack: The calls from the user's outermost line to the innermost one, outermost first.
+        victims: The requests that had to wait, the longest wait first.
+        advice: What to do about it; `None` without a line, and for a start-up, which blocks nobody.
+        thread: The name of the loop's thread.
+    """
+
+    id: int
+    started: float
+    duration: float
+    cause: Cause
+    line: SourceLine | None
+    exact: bool
+    call: str
+    innermost: str
+    request: str | None
+    starting: bool
+    pieces: int
+    stack: tuple[SourceLine, ...]
+    victims: tuple[Victim, ...]
+    advice: Advice | None
+    thread: str
+
+    def __str__(self) -> str:
+        parts = [self.headline]
+        if self.line:
+            parts.append(f" at {self.line}" if self.exact else f" for the endpoint {self.line}")
+        if self.victims:
+            parts.append(f"; {self.suffering}")
+        if self.advice:
+            parts.append(f". {self.advice.text} ({self.advice.docs})")
+        return "".join(parts)
+
+    @property
+    def headline(self) -> str:
+        """Who blocked the loop, for how long and how, without the place."""
+        who = self.request or ("start-up" if self.starting else "code outside any request")
+        if self.pieces > 1 and self.request is None:
+            who = f"{self.pieces} or more callbacks in a row"
+        how = {
+            "cpu": f"computing in {self.innermost}" if self.innermost else "computing",
+            "waiting": f"waiting in {self.innermost}" if self.innermost else "waiting",
+        }[self.cause]
+        return f"{who} blocked the loop for {self.duration * 1000:.0f} ms ({how})"
+
+    @property
+    def suffering(self) -> str:
+        """How many requests had to wait, and for how long at most; empty if none had to."""
+        if not self.victims:
+            return ""
+        longest = f"{self.victims[0].waited * 1000:.0f} ms"
+        if len(self.victims) == 1:
+            return f"1 request waited up to {longest}"
+        return f"{len(self.victims)} requests waited, the longest up to {longest}"
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A request that has begun and not ended.
+
+    Attributes:
+        request: Its label, such as ``GET /users/{id}``.
+        age: Seconds since it began.
+        line: The user's line that it is awaiting; where its endpoint is defined, if that is not known.
+    """
+
+    request: str
+    age: float
+    line: SourceLine | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedLine:
+    """The stalls that one line has caused so far.
+
+    Attributes:
+        line: The line; `None` gathers the stalls without one.
+        call: What the line called in the worst of them.
+        requests: The labels of the requests that ran it, in the order of first sight; 10 at most.
+        count: How many stalls.
+        total: Their seconds together.
+        worst: The longest, in seconds.
+        victims: How many requests had to wait, over all stalls.
+        advice: What to do about it.
+    """
+
+    line: SourceLine | None
+    call: str
+    requests: tuple[str, ...]
+    count: int
+    total: float
+    worst: float
+    victims: int
+    advice: Advice | None
