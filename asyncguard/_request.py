@@ -44,9 +44,9 @@ class RequestRecord:
         self._scope: MutableMapping[str, Any] | None = scope
         self._label: tuple[str, str, str, Mapping[str, Any], str] | None = None
         self._endpoint: object = None
-        self.started = started
-        self.released = -math.inf
-        self.loop_time = 0.0
+        self.started: float = started
+        self.released: float = -math.inf
+        self.loop_time: float = 0.0
         self.coroutine: Coroutine[Any, Any, Any] | None = None
 
     def finish(self) -> None:

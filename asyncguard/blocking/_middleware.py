@@ -55,14 +55,16 @@ class BlockingMiddleware:
         log: bool = True,
     ) -> None:
         checked_app(app, called_by="BlockingMiddleware")
-        self.app = app
-        self.monitor = LoopMonitor(threshold=threshold, on_block=on_block, project_root=project_root, log=log)
+        self.app: ASGIApp = app
+        self.monitor: LoopMonitor = LoopMonitor(
+            threshold=threshold, on_block=on_block, project_root=project_root, log=log
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._watch_lifespan(scope, receive, send)
         elif SCOPE_KEY in scope:
-            self.monitor.watch()
+            self.monitor._watch()
             await self.app(scope, receive, send)
         elif scope["type"] in ("http", "websocket"):
             await self._watch_request(scope, receive, send)
@@ -78,16 +80,16 @@ class BlockingMiddleware:
                 await self.monitor.stop()
             await send(message)
 
-        watch = self.monitor.watch()
+        watch = self.monitor._watch()
         watch.starting_until = float("inf")
         try:
             await self.app(scope, receive, send_after_reports)
         finally:
             watch.starting_until = float("-inf")
-            self.monitor.leave()
+            self.monitor._leave()
 
     async def _watch_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = self.monitor.watch()
+        watch = self.monitor._watch()
         record = RequestRecord(scope, _clock.monotonic())
         scope[SCOPE_KEY] = record
         token = current_request.set(record)

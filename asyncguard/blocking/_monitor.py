@@ -136,7 +136,7 @@ class LoopMonitor:
             return dict(self._excused)
 
     async def __aenter__(self) -> LoopMonitor:
-        self.watch()
+        self._watch()
         return self
 
     async def __aexit__(
@@ -149,14 +149,14 @@ class LoopMonitor:
 
     async def stop(self) -> None:
         """Stop watching the running loop, and wait up to 2 s until the last reports are out."""
-        reporter = self.leave()
+        reporter = self._leave()
         if reporter is not None and reporter.running:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(reporter.join, _FLUSH_TIMEOUT)
 
     # -- for the middleware ----------------------------------------------------------------------
 
-    def watch(self) -> LoopWatch:
+    def _watch(self) -> LoopWatch:
         """Watch the running loop from now on, if that is not so already."""
         loop = running_loop()
         watch = self._latest
@@ -170,7 +170,7 @@ class LoopMonitor:
         self._latest = watch
         return watch
 
-    def leave(self) -> Reporter | None:
+    def _leave(self) -> Reporter | None:
         """Stop watching the running loop.
 
         Returns:

@@ -50,15 +50,15 @@ class LoopWatch:
     """
 
     def __init__(self, loop: Any, threshold: float) -> None:
-        self.threshold = threshold
+        self.threshold: float = threshold
         self.turn: RequestRecord | None = None
-        self.turn_since = 0.0
+        self.turn_since: float = 0.0
         self.trio_task: RunningTask | None = None
-        self.starting_until = float("-inf")
+        self.starting_until: float = float("-inf")
         self.aftermath: Aftermath | None = None
-        self.stalled_until = 0.0
+        self.stalled_until: float = 0.0
         self.in_flight: set[RequestRecord] = set()
-        self.active = True
+        self.active: bool = True
         self._listeners: dict[Callable[[Stall], None], float] = {}
         self.loop: Callable[[], Any] = weakref.ref(loop)
         self._thread = threading.current_thread()
