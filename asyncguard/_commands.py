@@ -36,16 +36,17 @@ def commands() -> None:
     """Find what blocks the event loop of an ASGI service."""
 
 
-_threshold = click.option(
-    "--threshold",
-    type=float,
-    default=0.1,
-    show_default=True,
-    help="Report stalls of the event loop from this many seconds on.",
-)
+def _threshold(default: float) -> Any:
+    return click.option(
+        "--threshold",
+        type=float,
+        default=default,
+        show_default=True,
+        help="Report stalls of the event loop from this many seconds on.",
+    )
 
 
-@_threshold
+@_threshold(0.1)
 @click.option(
     "--project-root",
     default=None,
@@ -109,7 +110,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> NoReturn:
 
 
 @commands.command()
-@_threshold
+@_threshold(0.05)
 @click.option(
     "--loop",
     type=click.Choice(["auto", "asyncio", "uvloop"]),

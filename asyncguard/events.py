@@ -74,8 +74,8 @@ class BlockReport:
             blame, or if it ran no line of the user's.
         exact: Whether `line` was seen running. If not, it is where the endpoint is defined: the time went
             in library code that worked for it, such as the serialisation of its result.
-        call: What that line called, as it is written there (``requests.get``); empty if it called
-            nothing.
+        call: What that line called, as it is written there (``requests.get``), or by its full name where
+            the call is not written out (``csv.DictReader.__next__``, in a loop); empty if it called nothing.
         innermost: The innermost function in which the time went (``recv_into``); empty if unknown.
         request: The label of the request that did it (``GET /users/{id}``); `None` for code that
             belongs to no request, or if no single request was to blame.

@@ -105,6 +105,7 @@ _CURES = (
         (
             "_io.",
             "csv.",
+            "hashlib.file_digest",
             "_csv.",
             "io.",
             "os.fsync",

@@ -57,15 +57,18 @@ def compose(stall: Stall, project_root: str | None) -> BlockReport:
     cause: Cause = "cpu" if stall.cpu >= (stall.measured - stall.starved) / 2 else "waiting"
     sights = [_Sight.of(sample, weight, project_root) for sample, weight in _weighed(stall)]
     record = _record(stall, sights)
-    place = _place(sights)
+    inside = _inside(sights)
     pieces = len({sight.sample.callback for sight in sights}) or 1
     line = call = innermost = None
     stack: tuple[SourceLine, ...] = ()
     names: list[str] = []
-    if place is not None:
+    if inside:
+        place = inside[0]
         names = _names_called(place)
-        call = call_text(place.frame)
+        call = call_text(place.frame) or (names[0] if names else "")
         innermost = _short(names[-1] if names else function_name(place.frame))
+        # Another look at the same line may have caught it in a call that this one did not.
+        names += [name for other in inside[1:] for name in _names_called(other)]
         line = source_line(place.frame.code, place.line)
         stack = _stack(place)
     elif record is not None:
@@ -81,7 +84,7 @@ def compose(stall: Stall, project_root: str | None) -> BlockReport:
         duration=stall.duration,
         cause=cause,
         line=line,
-        exact=place is not None,
+        exact=bool(inside),
         call=call or "",
         innermost=innermost or "",
         request=record.label if record is not None else None,
@@ -89,15 +92,16 @@ def compose(stall: Stall, project_root: str | None) -> BlockReport:
         pieces=pieces,
         stack=stack,
         victims=_victims(stall, record),
-        advice=advice_for(names, cause, fan_out=record is not None and pieces >= _MANY)
+        advice=advice_for(names, cause, fan_out=record is not None and _is_fan_out(pieces, sights))
         if line is not None and not stall.starting
         else None,
         thread=stall.thread,
     )
 
 
-_MANY = 3
-"""So many callbacks of one request in one stall are a fan-out: a single long hold is one callback."""
+def _is_fan_out(pieces: int, sights: Sequence[_Sight]) -> bool:
+    """Whether many short callbacks made up the stall: a long one would be seen again and again."""
+    return pieces > 1 and pieces > len(sights) / 2
 
 
 class _Weighed(NamedTuple):
@@ -156,8 +160,8 @@ def _record(stall: Stall, sights: Sequence[_Sight]) -> RequestRecord | None:
     return _majority((sight.sample.record, sight.weight) for sight in sights)
 
 
-def _place(sights: Sequence[_Sight]) -> _Sight | None:
-    """The look that shows the user's line best: the heaviest of the line that had most of the stall.
+def _inside(sights: Sequence[_Sight]) -> list[_Sight]:
+    """The looks that show the user's line that had most of the stall, the heaviest first.
 
     A loop of a few lines spends its time on all of them; then the function decides, and its heaviest
     line stands for it.
@@ -166,10 +170,10 @@ def _place(sights: Sequence[_Sight]) -> _Sight | None:
         (sight.frame.code if sight.user is not None else None, sight.weight) for sight in sights
     )
     if function is None:
-        return None
+        return []
     inside = [s for s in sights if s.user is not None and s.frame.code is function]
     line = _heaviest((sight.line, sight.weight) for sight in inside)
-    return max((s for s in inside if s.line == line), key=lambda sight: sight.weight)
+    return sorted((s for s in inside if s.line == line), key=lambda sight: sight.weight, reverse=True)
 
 
 def _majority(weighed: Iterable[tuple[Key | None, float]]) -> Key | None:
