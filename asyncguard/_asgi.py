@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from types import FunctionType, MethodType
 
 __all__ = ["checked_app", "is_asgi_app", "is_factory"]
 
@@ -13,13 +14,12 @@ def is_asgi_app(app: object) -> bool:
 
     The rule is uvicorn's: a coroutine function, or an object whose ``__call__`` is one.
     """
-    while isinstance(app, functools.partial):
-        app = app.func
-    if inspect.isclass(app):
-        return False
-    return inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(
-        getattr(app, "__call__", None)  # noqa: B004 - the method itself is wanted
-    )
+    # By the type, not by the object: a proxy would answer for another, or fail to.
+    while issubclass(type(app), functools.partial):
+        app = app.func  # type: ignore[attr-defined]
+    if issubclass(type(app), FunctionType | MethodType):
+        return inspect.iscoroutinefunction(app)
+    return inspect.iscoroutinefunction(type(app).__call__) if callable(app) else False
 
 
 def is_factory(candidate: object) -> bool:

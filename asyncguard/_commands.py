@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 from uvicorn.main import main as _UVICORN  # noqa: N812 - a constant here
@@ -19,6 +20,8 @@ from asyncguard.blocking import SHORTEST_THRESHOLD
 from asyncguard.errors import AppNotLoaded
 
 __all__ = ["commands"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Refused(click.ClickException):
@@ -36,7 +39,7 @@ def commands() -> None:
     """Find what blocks the event loop of an ASGI service."""
 
 
-def _threshold(default: float) -> Any:
+def _threshold(default: float) -> Callable[[F], F]:
     return click.option(
         "--threshold",
         type=float,
@@ -95,13 +98,13 @@ def _without_import(found: TracebackType | None) -> TracebackType | None:
 
 def _check_port(host: str, port: int) -> None:
     """Refuse in one line what uvicorn would refuse in several."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            _cannot_listen(host, port, error)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        _cannot_listen(host, port, error)
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> NoReturn:

@@ -29,7 +29,7 @@ class Hook(Generic[Event]):
     def __call__(self, event: Event) -> None:
         try:
             self._function(event)
-        except Exception:
+        except BaseException:  # even one that would end its thread, as pytest.fail's
             if not self._failed:
                 self._failed = True
                 self._logger.exception(

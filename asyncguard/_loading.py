@@ -37,6 +37,8 @@ def load_app(target: str, *, factory: bool = False) -> ASGIApp:
             found = getattr(found, name)
         except AttributeError:
             raise AppNotLoaded(_no_attribute(module_name, attribute)) from None
+        except Exception as error:
+            raise AppNotLoaded(f"looking up {target!r} failed: {_summary(error)}") from error
     if factory or is_factory(found):
         return _called(target, found)
     if not is_asgi_app(found):

@@ -11,6 +11,9 @@ import math
 from collections.abc import Coroutine, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
+from uuid import UUID
+
+from asyncguard import _clock
 
 __all__ = ["SCOPE_KEY", "RequestRecord", "current_request"]
 
@@ -27,6 +30,7 @@ class RequestRecord:
         started: When the request reached the outermost guard, on asyncguard's monotonic clock.
         loop_time: Seconds for which its coroutine has held the loop so far.
         released: When its coroutine last gave the loop back; minus infinity before it first did.
+        finished_at: When the request ended; plus infinity before that.
         coroutine: The application's coroutine, while the request is in flight.
     """
 
@@ -35,6 +39,7 @@ class RequestRecord:
         "_label",
         "_scope",
         "coroutine",
+        "finished_at",
         "loop_time",
         "released",
         "started",
@@ -46,6 +51,7 @@ class RequestRecord:
         self._endpoint: object = None
         self.started: float = started
         self.released: float = -math.inf
+        self.finished_at: float = math.inf
         self.loop_time: float = 0.0
         self.coroutine: Coroutine[Any, Any, Any] | None = None
 
@@ -60,7 +66,12 @@ class RequestRecord:
             self._label = _label_parts(scope)
             self._endpoint = scope.get("endpoint")
             self._scope = None
+        self.finished_at = _clock.monotonic()
         self.coroutine = None
+
+    def __deepcopy__(self, memo: object) -> RequestRecord:
+        """The same record: a copied scope is still of the same request."""
+        return self
 
     @property
     def endpoint(self) -> object:
@@ -70,26 +81,35 @@ class RequestRecord:
 
     @property
     def label(self) -> str:
-        """Method and route template (``GET /users/{id}``); the bare path where no route matched."""
+        """Method and route template (``GET /users/{id}``); the bare path where no route matched.
+
+        What a client chose is shown with its unprintable characters escaped, and cut at 200.
+        """
         scope = self._scope
         parts = _label_parts(scope) if scope is not None else self._label
         assert parts is not None
         method, path, template, params, root = parts
         if root and path.startswith(root + "/"):
             path = path[len(root) :]
-        return f"{method} {full_template(path, template, params) if template else path}"
+        label = f"{method} {full_template(path, template, params) if template else path}"
+        return label[:200] if label.isprintable() else _escaped(label[:200])
+
+
+def _escaped(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _label_parts(
     scope: MutableMapping[str, Any],
 ) -> tuple[str, str, str, Mapping[str, Any], str]:
+    """Method, path, template, parameters and root; the scope may be in any state by then."""
     return (
-        "WS" if scope["type"] == "websocket" else scope.get("method", ""),
-        scope.get("path", ""),
-        getattr(scope.get("route"), "path", "") or "",
+        "WS" if scope.get("type") == "websocket" else scope.get("method") or "",
+        scope.get("path") or "",
+        getattr(scope.get("route"), "path", None) or "",
         scope.get("path_params") or {},
         # Starlette's Mount moves `root_path` along and keeps the server's own in `app_root_path`.
-        scope.get("app_root_path", scope.get("root_path", "")).rstrip("/"),
+        (scope.get("app_root_path", scope.get("root_path")) or "").rstrip("/"),
     )
 
 
@@ -109,6 +129,8 @@ def full_template(path: str, template: str, params: Mapping[str, Any]) -> str:
         A template such as ``/v1/{tenant}/items/{id:int}``.
     """
     filled, inner = template, set[str]()
+    # Only values whose text is known to be harmless: a convertor may have made any object of it.
+    params = {name: value for name, value in params.items() if type(value) in _PLAIN}
     for name, value in params.items():
         for placeholder in (f"{{{name}}}", *(f"{{{name}:{kind}}}" for kind in _CONVERTORS)):
             if placeholder in filled:
@@ -121,4 +143,5 @@ def full_template(path: str, template: str, params: Mapping[str, Any]) -> str:
     return "/".join(outer.get(segment, segment) for segment in prefix.split("/")) + template
 
 
+_PLAIN = (str, int, float, UUID)
 _CONVERTORS = ("str", "path", "int", "float", "uuid")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.util import Finalize
 from types import FrameType
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncguard import _console
 from asyncguard._loading import load_app
@@ -26,6 +26,7 @@ from asyncguard.events import BlockReport, InFlight
 __all__ = ["Settings", "create"]
 
 _VARIABLE = "ASYNCGUARD_RUN"
+_Handler = Callable[[int, FrameType | None], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,23 @@ class _Served:
             log=False,
         )
         self._in_flight: tuple[InFlight, ...] = ()
-        # Runs at the end of worker processes too, where `atexit` does not.
+        self._closed = False
+        # For applications without a lifespan. At the end of worker processes `atexit` does not run.
         Finalize(self, self._close, exitpriority=0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            self._notice_shutdown()
-        await self._guarded(scope, receive, send)
+        if scope["type"] != "lifespan":
+            await self._guarded(scope, receive, send)
+            return
+
+        async def send_after_closing(message: Message) -> None:
+            # uvicorn ends the process right after this, by the signal that it was ended by.
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                self._close()
+            await send(message)
+
+        self._notice_shutdown()
+        await self._guarded(scope, receive, send_after_closing)
 
     def _notice_shutdown(self) -> None:
         """See what is in flight when the signal to stop comes: uvicorn cancels it before the end."""
@@ -82,18 +93,22 @@ class _Served:
             if callable(before):
                 signal.signal(number, self._chained(before))
 
-    def _chained(
-        self, before: Callable[[int, FrameType | None], object]
-    ) -> Callable[[int, FrameType | None], None]:
+    def _chained(self, before: _Handler) -> _Handler:
         def handle(number: int, frame: FrameType | None) -> None:
-            if not self._in_flight:
-                self._in_flight = self._guarded.monitor.in_flight
-            before(number, frame)
+            try:
+                if not self._in_flight:
+                    self._in_flight = self._guarded.monitor.in_flight
+            except Exception:
+                _write("asyncguard: what was in flight could not be seen\n")
+            finally:
+                before(number, frame)
 
         return handle
 
     def _close(self) -> None:
-        _write(_console.closing(self._guarded.monitor.lines, self._in_flight))
+        if not self._closed:
+            self._closed = True
+            _write(_console.closing(self._guarded.monitor.lines, self._in_flight))
 
 
 def _show(report: BlockReport) -> None:

@@ -7,8 +7,9 @@ from typing import Literal
 
 __all__ = ["Advice", "BlockReport", "BlockedLine", "Cause", "InFlight", "SourceLine", "Victim"]
 
-Cause = Literal["cpu", "waiting"]
-"""Why a line blocked: it computed (`cpu`), or it slept, waited for I/O or for a lock (`waiting`)."""
+Cause = Literal["cpu", "waiting", "gc", "unknown"]
+"""Why the loop was blocked: a line computed (`cpu`), or it slept, waited for I/O or for a lock (`waiting`);
+or Python collected garbage (`gc`), which is no line's fault. `unknown` where the system does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,9 @@ class BlockReport:
         id: A number that counts up within the process.
         started: When the stall began, in seconds since the epoch.
         duration: How long it lasted, in seconds; measured on the loop's own thread.
-        cause: Why, as far as the operating system tells: `cpu` or `waiting`.
+        cause: Why: `cpu`, `waiting`, `gc` or `unknown`.
         line: The user's line in which most of the stall was spent. `None` if no single line was to
-            blame, or if it ran no line of the user's.
+            blame, or if no line of the user's ran.
         exact: Whether `line` was seen running. If not, it is where the endpoint is defined: the time went
             in library code that worked for it, such as the serialisation of its result.
         call: What that line called, as it is written there (``requests.get``), or by its full name where
@@ -79,6 +80,7 @@ class BlockReport:
         innermost: The innermost function in which the time went (``recv_into``); empty if unknown.
         request: The label of the request that did it (``GET /users/{id}``); `None` for code that
             belongs to no request, or if no single request was to blame.
+        left_behind: Whether that request had ended before: a task that it started runs on.
         starting: Whether the application was starting up, so that no request can have waited for it.
         pieces: How many callbacks shared the stall, as far as seen: 1 for a single long hold.
         stack: The calls from the user's outermost line to the innermost one, outermost first.
@@ -96,6 +98,7 @@ class BlockReport:
     call: str
     innermost: str
     request: str | None
+    left_behind: bool
     starting: bool
     pieces: int
     stack: tuple[SourceLine, ...]
@@ -116,14 +119,21 @@ class BlockReport:
     @property
     def headline(self) -> str:
         """Who blocked the loop, for how long and how, without the place."""
-        who = self.request or ("start-up" if self.starting else "code outside any request")
-        if self.pieces > 1 and self.request is None:
-            who = f"{self.pieces} or more callbacks in a row"
-        how = {
-            "cpu": f"computing in {self.innermost}" if self.innermost else "computing",
-            "waiting": f"waiting in {self.innermost}" if self.innermost else "waiting",
-        }[self.cause]
-        return f"{who} blocked the loop for {self.duration * 1000:.0f} ms ({how})"
+        milliseconds = f"{self.duration * 1000:.0f} ms"
+        if self.cause == "gc":
+            return f"garbage collection blocked the loop for {milliseconds}"
+        doing = {"cpu": "computing", "waiting": "waiting", "unknown": "busy"}[self.cause]
+        if self.innermost:
+            doing += f" in {self.innermost}"
+        return f"{self._culprit} blocked the loop for {milliseconds} ({doing})"
+
+    @property
+    def _culprit(self) -> str:
+        if self.request is not None:
+            return f"a task left behind by {self.request}" if self.left_behind else self.request
+        if self.starting:
+            return "start-up"
+        return f"{self.pieces} or more callbacks in a row" if self.pieces > 1 else "code outside any request"
 
     @property
     def suffering(self) -> str:

@@ -127,6 +127,11 @@ _CURES = (
     ),
 )
 
+_COLLECTING = _Cure(
+    "garbage-collection",
+    "Call `gc.freeze()` at the end of the start-up, so that what lives on is not looked at again",
+    (),
+)
 _FAN_OUT = _Cure(
     "unbounded-fan-out",
     "The request starts too many tasks at once: bound them, for instance with `anyio.CapacityLimiter`",
@@ -150,9 +155,11 @@ def advice_for(names: Sequence[str], cause: Cause, *, fan_out: bool) -> Advice:
 
     Args:
         names: What it called, the outermost first, as full names such as ``requests.api.get``.
-        cause: Whether it computed or waited.
+        cause: Why it blocked.
         fan_out: Whether many tasks of the same request shared the time.
     """
+    if cause == "gc":
+        return _advice(_COLLECTING)
     if fan_out:
         return _advice(_FAN_OUT)
     for name in names:

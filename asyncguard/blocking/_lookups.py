@@ -2,32 +2,36 @@
 
 All of them are here, each with a test of its own, so that a new version which changes one of them
 fails that test and nothing else. Everything called on the watchdog's thread (`read_stack`,
-`running_task`) only reads: no I/O and nothing that waits, since the global interpreter lock (GIL)
+`running_request`) only reads: no I/O and nothing that waits, since the global interpreter lock (GIL)
 must not change hands between the wake-up of the watchdog and the end of its sample.
 """
 
 from __future__ import annotations
 
 import asyncio
+import asyncio.base_events
 import asyncio.events
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
-from contextvars import Context, copy_context
+from contextvars import Context
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
+
+from asyncguard._request import RequestRecord, current_request
 
 __all__ = [
     "RawFrame",
     "RawStack",
     "await_chain",
-    "keep_contexts",
+    "keep_requests",
     "position",
     "read_stack",
-    "running_task",
+    "running_request",
 ]
 
 _HANDLE_RUN = asyncio.events.Handle._run.__code__
+_RUN_ONCE = asyncio.base_events.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
 
 
 class RawFrame(NamedTuple):
@@ -42,13 +46,13 @@ class RawStack(NamedTuple):
     """What one thread was doing, innermost frame first.
 
     Attributes:
-        frames: The frames of the callback that the loop was running.
-        context: The context of that callback, where the stack shows it (asyncio's own loops).
+        frames: The frames of the callback that the loop was running; none if it was running none.
+        record: The request that the callback works for, where the stack shows it (asyncio's own loops).
         callback: A number that tells this callback from its neighbours, or 0 if unknown.
     """
 
     frames: tuple[RawFrame, ...]
-    context: Context | None
+    record: RequestRecord | None
     callback: int
 
 
@@ -68,39 +72,47 @@ def read_stack(frame: FrameType | None, outside: int) -> RawStack:
         code = frame.f_code
         if code is _HANDLE_RUN:
             handle = frame.f_locals.get("self")
-            return RawStack(tuple(frames), getattr(handle, "_context", None), id(handle))
+            return RawStack(tuple(frames), _request_of(getattr(handle, "_context", None)), id(handle))
+        if code is _RUN_ONCE:
+            return RawStack((), None, 0)  # between two callbacks
         frames.append(RawFrame(code, frame.f_lasti, frame.f_globals))
         frame = frame.f_back
     return RawStack(tuple(frames), None, 0)
 
 
-class RunningTask(NamedTuple):
-    """The task that runs on a loop: a number that tells it from others, and its context."""
+class RunningRequest(NamedTuple):
+    """The request of the task that runs on a loop, and a number that tells the task from others."""
 
-    number: int
-    context: Context | None
+    task: int
+    record: RequestRecord | None
 
 
-def running_task(loop: asyncio.AbstractEventLoop) -> RunningTask:
-    """What runs on `loop` at this moment, asked from any thread."""
-    task = asyncio.current_task(loop)
+def running_request(runner: Any) -> RunningRequest:
+    """What runs at this moment, asked from any thread.
+
+    Args:
+        runner: An asyncio loop, or the task that trio runs; `None` if there is nothing to ask.
+    """
+    if not isinstance(runner, asyncio.AbstractEventLoop):
+        return RunningRequest(id(runner) if runner else 0, _request_of(getattr(runner, "context", None)))
+    task = asyncio.current_task(runner)
     if task is None:
-        return RunningTask(0, None)
+        return RunningRequest(0, None)
     if sys.version_info >= (3, 12):
-        return RunningTask(id(task), task.get_context())
-    return RunningTask(id(task), _contexts.get(task))
+        return RunningRequest(id(task), _request_of(task.get_context()))
+    return RunningRequest(id(task), _requests.get(task))
 
 
-_contexts: weakref.WeakKeyDictionary[asyncio.Task[Any], Context] = weakref.WeakKeyDictionary()
-"""On 3.11, which has no `Task.get_context`: the contexts that tasks were made with."""
+def _request_of(context: Context | None) -> RequestRecord | None:
+    return None if context is None else context.get(current_request)
 
 
-def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
-    return asyncio.Task(coroutine, loop=loop, **options)
+_requests: weakref.WeakKeyDictionary[asyncio.Task[Any], RequestRecord] = weakref.WeakKeyDictionary()
+"""On 3.11, which has no `Task.get_context`: the requests that tasks were made for."""
 
 
-def keep_contexts(loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-    """Have `running_task` know the contexts of the tasks that `loop` makes from now on.
+def keep_requests(loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+    """Have `running_request` know the requests of the tasks that `loop` makes from now on.
 
     Needed where no stack shows them (uvloop) and tasks do not tell (3.11): by a task factory, around
     the one that may be there.
@@ -111,19 +123,27 @@ def keep_contexts(loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
     if sys.version_info >= (3, 12):
         return lambda: None
     inner = loop.get_task_factory()
+    make: Any = inner or _make_task
 
     def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
-        make: Any = inner or _make_task
         task = make(loop, coroutine, **options)
-        _contexts[task] = options.get("context") or copy_context()
+        context = options.get("context")
+        record = current_request.get() if context is None else context.get(current_request)
+        if record is not None:
+            _requests[task] = record
         return task
 
-    def remove() -> None:
-        if loop.get_task_factory() is factory:
+    def remove(loop_is: weakref.ref[asyncio.AbstractEventLoop] = weakref.ref(loop)) -> None:  # noqa: B008
+        loop = loop_is()
+        if loop is not None and loop.get_task_factory() is factory:
             loop.set_task_factory(inner)
 
     loop.set_task_factory(factory)
     return remove
+
+
+def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+    return asyncio.Task(coroutine, loop=loop, **options)
 
 
 def position(code: CodeType, instruction: int) -> tuple[int, int, int, int] | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Coroutine
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncguard import _clock
-from asyncguard._asgi import checked_app
 from asyncguard._request import SCOPE_KEY, RequestRecord, current_request
 from asyncguard.blocking._monitor import LoopMonitor
 from asyncguard.blocking._steps import drive
@@ -54,7 +54,8 @@ class BlockingMiddleware:
         project_root: str | os.PathLike[str] | None = None,
         log: bool = True,
     ) -> None:
-        checked_app(app, called_by="BlockingMiddleware")
+        if not callable(app):
+            raise TypeError(f"BlockingMiddleware takes an ASGI application, not {app!r}")
         self.app: ASGIApp = app
         self.monitor: LoopMonitor = LoopMonitor(
             threshold=threshold, on_block=on_block, project_root=project_root, log=log
@@ -86,7 +87,7 @@ class BlockingMiddleware:
             await self.app(scope, receive, send_after_reports)
         finally:
             watch.starting_until = float("-inf")
-            self.monitor._leave()
+            self.monitor._leave(watch)
 
     async def _watch_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = self.monitor._watch()
@@ -103,5 +104,8 @@ class BlockingMiddleware:
                 await running
         finally:
             watch.in_flight.discard(record)
-            current_request.reset(token)
             record.finish()
+            scope.pop(SCOPE_KEY, None)
+            # The server may close us in another context than it began us in.
+            with contextlib.suppress(ValueError):
+                current_request.reset(token)

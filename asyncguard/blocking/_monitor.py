@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -10,10 +11,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import anyio
-import anyio.to_thread
 
 from asyncguard import _clock
 from asyncguard._hooks import Hook
@@ -24,8 +24,7 @@ from asyncguard._options import (
     checked_seconds,
 )
 from asyncguard.blocking._probes import running_loop
-from asyncguard.blocking._report import awaited_line, compose, excuse
-from asyncguard.blocking._reporter import Reporter
+from asyncguard.blocking._report import Excuse, awaited_line, compose, excuse
 from asyncguard.blocking._stall import Stall
 from asyncguard.blocking._watch import LoopWatch
 from asyncguard.events import BlockedLine, BlockReport, InFlight
@@ -46,6 +45,8 @@ _watches: weakref.WeakKeyDictionary[Any, LoopWatch] = weakref.WeakKeyDictionary(
 """The watch over each running loop: one, however many monitors listen."""
 
 _watches_lock = threading.Lock()
+
+_monitors: weakref.WeakSet[LoopMonitor] = weakref.WeakSet()
 
 
 class LoopMonitor:
@@ -89,8 +90,9 @@ class LoopMonitor:
         self._lock = threading.Lock()
         self._lines: OrderedDict[tuple[str, int] | None, BlockedLine] = OrderedDict()
         self._logged: dict[tuple[str, int] | None, tuple[float, int]] = {}
-        self._excused = {"starved": 0, "suspended": 0, "unexplained": 0}
+        self._excused: dict[str, int] = dict.fromkeys(get_args(Excuse), 0)
         self._latest: LoopWatch | None = None
+        _monitors.add(self)
 
     # -- for users -------------------------------------------------------------------------------
 
@@ -129,8 +131,9 @@ class LoopMonitor:
         """How many stalls nobody was blamed for, so that they were not reported.
 
         ``starved`` counts those in which other processes had the cores, ``suspended`` those in which
-        this process was stopped (SIGSTOP, a sleeping machine), and ``unexplained`` those that showed
-        neither a line nor a request.
+        this process was stopped (SIGSTOP, a sleeping machine), ``gil`` those in which other threads of
+        this process had the global interpreter lock, and ``unexplained`` those that showed neither a
+        line nor a request.
         """
         with self._lock:
             return dict(self._excused)
@@ -149,10 +152,13 @@ class LoopMonitor:
 
     async def stop(self) -> None:
         """Stop watching the running loop, and wait up to 2 s until the last reports are out."""
-        reporter = self._leave()
-        if reporter is not None and reporter.running:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(reporter.join, _FLUSH_TIMEOUT)
+        watch = _watches.get(running_loop())
+        if watch is None:
+            return
+        heard = self._leave(watch)
+        with anyio.move_on_after(_FLUSH_TIMEOUT, shield=True):
+            while not heard.is_set():  # noqa: ASYNC110 - it is set by another thread
+                await anyio.sleep(0.005)
 
     # -- for the middleware ----------------------------------------------------------------------
 
@@ -170,18 +176,14 @@ class LoopMonitor:
         self._latest = watch
         return watch
 
-    def _leave(self) -> Reporter | None:
-        """Stop watching the running loop.
+    def _leave(self, watch: LoopWatch) -> threading.Event:
+        """Stop listening to `watch`.
 
         Returns:
-            What still has reports to hand over, if nobody else watches this loop.
+            What is set once all that happened before has been heard of.
         """
         self._latest = None
-        try:
-            watch = _watches.get(running_loop())
-        except RuntimeError:
-            return None  # the loop was closed, and its watch ends by itself
-        return None if watch is None else watch.unlisten(self._receive)
+        return watch.unlisten(self._receive)
 
     # -- on the reporter's thread ----------------------------------------------------------------
 
@@ -191,7 +193,7 @@ class LoopMonitor:
             with self._lock:
                 self._excused[innocent] += 1
             return
-        report = compose(stall, self._project_root)
+        report = compose(stall, self._threshold, self._project_root)
         if not report.starting:
             self._enter(report)
         if self._hook is not None:
@@ -254,13 +256,23 @@ def _key(report: BlockReport) -> tuple[str, int] | None:
 
 
 def _forget_watches() -> None:
-    """In a forked child: the threads of the parent's watches are not there."""
+    """In a forked child: the threads of the parent's watches are not there, but its locks may be."""
     global _watches_lock
-    _watches_lock = threading.Lock()  # another thread may have held it
-    for watch in _watches.values():
+    _watches_lock = threading.Lock()
+    for monitor in list(_monitors):
+        monitor._lock = threading.Lock()
+    for watch in list(_watches.values()):
         watch.abandon()
     _watches.clear()
 
 
+def _finish_watches() -> None:
+    """At the end of the process: tell of what the loops' last iterations held."""
+    for watch in list(_watches.values()):
+        watch.end_from_outside()
+        watch.flushed().wait(_FLUSH_TIMEOUT)
+
+
+atexit.register(_finish_watches)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_watches)

@@ -2,7 +2,7 @@
 
 A probe calls `LoopWatch.stalled` on the loop's own thread when the loop was held for too long, and
 `LoopWatch.settle` once an iteration while the aftermath of a stall is open. Between times it answers the
-watchdog's question since when the loop has been held (`held_since`).
+watchdog's question since when the loop has been held.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from asyncguard import _clock
-from asyncguard.blocking._lookups import keep_contexts
+from asyncguard.blocking._lookups import keep_requests
 
 if TYPE_CHECKING:
     from asyncguard.blocking._watch import LoopWatch
 
-__all__ = ["Probe", "attach_probe", "running_loop"]
+__all__ = ["HeartbeatProbe", "Probe", "SelectorProbe", "attach_probe", "running_loop"]
+
+_NEVER = float("inf")
 
 
 class Probe(Protocol):
@@ -32,14 +34,26 @@ class Probe(Protocol):
 
     outside: int
 
+    def attach(self) -> None:
+        """Begin. Called on the loop's thread, in a callback of the loop."""
+
     def held_since(self) -> float | None:
         """Since when the loop has run callbacks without a poll; `None` while it waits for I/O."""
+
+    def runner(self) -> Any:
+        """What `running_request` can ask for the task that runs now."""
 
     def long_turn(self, since: float, until: float) -> None:
         """A request's turn of at least the threshold has just ended, timed exactly."""
 
+    def pause(self) -> None:
+        """The loop has stopped running, perhaps to run again later: nothing holds it meanwhile."""
+
     def detach(self) -> None:
         """Leave the loop as it was. Called on the loop's thread."""
+
+    def forget(self) -> None:
+        """Let go of a loop that was closed, from any thread."""
 
 
 def running_loop() -> Any:
@@ -62,14 +76,14 @@ def running_loop() -> Any:
 
 
 def attach_probe(watch: LoopWatch, loop: Any) -> Probe:
-    """Put the right probe on the running `loop`."""
+    """Make the right probe for the running `loop`; it does nothing before it is attached."""
     if not isinstance(loop, asyncio.AbstractEventLoop):
         from asyncguard.blocking._trio import TrioProbe  # trio is optional
 
         return TrioProbe(watch)
     selector = getattr(loop, "_selector", None)
     if hasattr(selector, "select"):
-        return SelectorProbe(watch, selector)
+        return SelectorProbe(watch, loop, selector)
     return HeartbeatProbe(watch, loop)
 
 
@@ -79,14 +93,20 @@ class SelectorProbe:
     Exact, and free of wake-ups while the loop is idle.
     """
 
-    def __init__(self, watch: LoopWatch, selector: Any) -> None:
-        self.outside = 0
+    def __init__(self, watch: LoopWatch, loop: asyncio.AbstractEventLoop, selector: Any) -> None:
+        self.outside: int = 0
+        self.runner: Callable[[], Any] = weakref.ref(loop)
+        self._watch = watch
         self._selector = selector
-        self._held_since: float | None = _clock.monotonic()
+        self._held_since: float | None = None
+        self._attached = False
+        self._wrapper: Any = None
+
+    def attach(self) -> None:
         self._attached = True
-        self._original = selector.select
-        self._wrapper = self._wrap(watch, self._original)
-        selector.select = self._wrapper
+        self._held_since = _clock.monotonic()
+        self._wrapper = self._wrap(self._watch, self._selector.select)
+        self._selector.select = self._wrapper
 
     def held_since(self) -> float | None:
         return self._held_since
@@ -94,12 +114,18 @@ class SelectorProbe:
     def long_turn(self, since: float, until: float) -> None:
         """Nothing to do: the iteration that it belongs to is timed as a whole."""
 
-    def detach(self) -> None:
-        self._attached = False
+    def pause(self) -> None:
         self._held_since = None
+
+    def detach(self) -> None:
+        self.forget()
         # Somebody may have wrapped our wrapper since: then it stays, and only passes calls on.
         if vars(self._selector).get("select") is self._wrapper:
             del self._selector.select
+
+    def forget(self) -> None:
+        self._attached = False
+        self._held_since = None
 
     def _wrap(self, watch: LoopWatch, original: Callable[..., Any]) -> Callable[..., Any]:
         monotonic = _clock.monotonic
@@ -107,14 +133,13 @@ class SelectorProbe:
         def select(timeout: float | None = None) -> Any:
             if not self._attached:
                 return original(timeout)
-            since = self._held_since
+            since, self._held_since = self._held_since, None
             if since is not None:
                 now = monotonic()
                 if now - since >= watch.threshold:
                     watch.stalled(since, now)
                 elif watch.aftermath is not None:
                     watch.settle()
-            self._held_since = None
             if watch.aftermath is not None and (timeout is None or timeout > 0):
                 # Nothing is ready but what the poll brings. If it brings nothing at once, nobody
                 # else was waiting, and the aftermath is over before the loop goes to sleep.
@@ -141,17 +166,22 @@ class HeartbeatProbe:
     BEATS_PER_THRESHOLD = 5
 
     def __init__(self, watch: LoopWatch, loop: asyncio.AbstractEventLoop) -> None:
-        self._watch = watch
+        self.outside: int = 0
         # The watch outlives a loop that was closed without a shutdown; the loop must not live on by it.
-        self._loop = weakref.ref(loop)
+        self.runner: Callable[[], Any] = weakref.ref(loop)
+        self._watch = watch
         self._interval = 0.0
-        self._due = 0.0
+        self._due = _NEVER
         self._timer: asyncio.TimerHandle | None = None
-        self._attached = True
         self._settling = False
-        self.outside = 0
+        self._attached = False
+        self._forget_requests: Callable[[], None] | None = None
+
+    def attach(self) -> None:
+        loop: asyncio.AbstractEventLoop = self.runner()
+        self._attached = True
+        self._forget_requests = keep_requests(loop)
         loop.call_soon(self._look_outside)
-        self._forget_contexts = keep_contexts(loop)
         self._schedule(loop)
 
     def held_since(self) -> float | None:
@@ -164,13 +194,22 @@ class HeartbeatProbe:
         """Exact, where the next beat could only estimate."""
         self._stalled(since, until)
 
+    def pause(self) -> None:
+        self._due = _NEVER
+
     def detach(self) -> None:
-        self._attached = False
-        self._due = float("inf")
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        self._forget_contexts()
+        if self._forget_requests is not None:
+            self._forget_requests()
+        self.forget()
+
+    def forget(self) -> None:
+        self._attached = False
+        self._due = _NEVER
+        # Both lead to the loop.
+        self._timer = None
+        self._forget_requests = None
 
     def _look_outside(self) -> None:
         # Called by the loop itself, which is no Python code: the next frame is its caller.
@@ -182,7 +221,7 @@ class HeartbeatProbe:
         self._timer = loop.call_later(self._interval, self._beat)
 
     def _beat(self) -> None:
-        loop = self._loop()
+        loop = self.runner()
         if loop is None or not self._attached:
             return
         self.outside = id(sys._getframe().f_back)
@@ -195,14 +234,14 @@ class HeartbeatProbe:
 
     def _stalled(self, since: float, until: float) -> None:
         self._watch.stalled(since, until)
-        loop = self._loop()
+        loop = self.runner()
         if loop is not None and not self._settling:
             self._settling = True
             loop.call_soon(self._settle)
 
     def _settle(self) -> None:
-        loop = self._loop()
+        loop = self.runner()
         self._settling = loop is not None and self._attached and self._watch.aftermath is not None
-        if loop is not None and self._settling:
+        if self._settling:
             self._watch.settle()
             loop.call_soon(self._settle)

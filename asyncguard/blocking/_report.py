@@ -21,42 +21,61 @@ from asyncguard.blocking._source import (
     source_line,
 )
 from asyncguard.blocking._stall import Sample, Stall
+from asyncguard.blocking._vitals import kept_waking
 from asyncguard.events import BlockReport, Cause, SourceLine, Victim
 
 __all__ = ["Excuse", "awaited_line", "compose", "excuse"]
 
-Excuse = Literal["starved", "suspended", "unexplained"]
+Excuse = Literal["starved", "suspended", "gil", "unexplained"]
 """Why nobody is blamed for a stall: the cores were busy with other processes, this process was stopped,
-or there was nothing to be seen of it, neither a line nor a request."""
+other threads had the global interpreter lock, or there was nothing to be seen of it, neither a line nor
+a request."""
 
 _numbers = itertools.count(1)
 Key = TypeVar("Key", bound=Hashable)
 
 
 def excuse(stall: Stall, threshold: float) -> Excuse | None:
-    """Whether there would have been a stall at all, had the system let the thread run.
+    """Whether there would have been no stall, had the system and other threads let this one run.
 
     Returns:
-        `None` if there would: the code is to blame.
+        `None` if there would have been one: the code is to blame.
     """
+    duration, spent = stall.duration, stall.spent
     # The window may have begun before the stall: only what cannot have been before it counts.
-    starved = stall.starved - max(0.0, stall.measured - stall.duration)
-    if stall.duration - max(0.0, starved) < threshold:
+    if duration - max(0.0, spent.queued - max(0.0, spent.at - duration)) < threshold:
         return "starved"
-    # A thread that holds the GIL keeps the watchdog from waking as well, but it computes.
-    on_core = max(0.0, stall.cpu)
-    if on_core < stall.duration / 4 and stall.duration - stall.overslept < threshold:
-        return "suspended"
+    if spent.cpu is not None and spent.cpu < duration / 4:
+        # A call in C that waits without giving the GIL up keeps the watchdog from its look as well, but
+        # not from waking.
+        asleep = not kept_waking(spent.watchdog_turns, spent.overslept)
+        if duration - spent.overslept < threshold and asleep:
+            return "suspended"
+        others = spent.process_cpu - spent.cpu
+        if others >= duration / 2 and kept_waking(spent.turns, duration):
+            return "gil"
     if not stall.long_turns and not any(sample.frames for sample in stall.samples):
         return "unexplained"
     return None
 
 
-def compose(stall: Stall, project_root: str | None) -> BlockReport:
+def _cause(stall: Stall, threshold: float) -> Cause:
+    spent = stall.spent
+    if stall.duration - spent.collecting < threshold:
+        return "gc"
+    if spent.cpu is None:
+        return "unknown"
+    return "cpu" if spent.cpu >= (spent.at - spent.queued) / 2 else "waiting"
+
+
+def compose(stall: Stall, threshold: float, project_root: str | None) -> BlockReport:
     """Make the report of a stall that is somebody's fault."""
-    cause: Cause = "cpu" if stall.cpu >= (stall.measured - stall.starved) / 2 else "waiting"
-    sights = [_Sight.of(sample, weight, project_root) for sample, weight in _weighed(stall)]
-    record = _record(stall, sights)
+    cause = _cause(stall, threshold)
+    sights: list[_Sight] = []
+    record: RequestRecord | None = None
+    if cause != "gc":  # a collection falls on whichever line allocates next
+        sights = [_Sight.of(sample, weight, project_root) for sample, weight in _weighed(stall)]
+        record = _record(stall, sights)
     inside = _inside(sights)
     pieces = len({sight.sample.callback for sight in sights}) or 1
     line = call = innermost = None
@@ -88,12 +107,13 @@ def compose(stall: Stall, project_root: str | None) -> BlockReport:
         call=call or "",
         innermost=innermost or "",
         request=record.label if record is not None else None,
+        left_behind=record is not None and record.finished_at < stall.start,
         starting=stall.starting,
         pieces=pieces,
         stack=stack,
         victims=_victims(stall, record),
         advice=advice_for(names, cause, fan_out=record is not None and _is_fan_out(pieces, sights))
-        if line is not None and not stall.starting
+        if (line is not None or cause == "gc") and not stall.starting
         else None,
         thread=stall.thread,
     )

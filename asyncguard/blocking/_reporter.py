@@ -25,44 +25,56 @@ class Reporter:
     hundreds of times a second gains nothing from a longer list.
 
     Args:
-        name: The name of the loop's thread, for the name of this one.
+        name: The name of its thread.
     """
 
     MOST_WAITING = 1000
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._queue: queue.SimpleQueue[tuple[Callable[[Stall], None], Stall] | None]
+        self._queue: queue.SimpleQueue[tuple[Callable[[Stall], None], Stall] | threading.Event | None]
         self._queue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-
-    @property
-    def running(self) -> bool:
-        """Whether there may be something left to hand over."""
-        return self._thread is not None and self._thread.is_alive()
+        self._finished = False
+        self._ended = threading.Event()
 
     def put(self, listener: Callable[[Stall], None], stall: Stall) -> None:
-        """Have `listener` called with `stall` soon; never waits."""
+        """Have `listener` called with `stall` soon; never waits.
+
+        Raises:
+            RuntimeError: If the system has no thread to give.
+        """
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run, name=f"asyncguard-reporter-{self._name}", daemon=True
-            )
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
         if self._queue.qsize() < self.MOST_WAITING:
             self._queue.put((listener, stall))
 
+    def flush(self) -> threading.Event:
+        """What is set once all that was put before has been handed over."""
+        if self._finished:
+            return self._ended
+        done = threading.Event()
+        if self._thread is None:
+            done.set()
+        else:
+            self._queue.put(done)
+        return done
+
     def finish(self) -> None:
         """End the thread once it has handed over what was put before."""
-        if self._thread is not None:
+        self._finished = True
+        if self._thread is None:
+            self._ended.set()
+        else:
             self._queue.put(None)
-
-    def join(self, timeout: float) -> None:
-        """Wait, in any other thread, until everything was handed over or `timeout` seconds have passed."""
-        if self._thread is not None:
-            self._thread.join(timeout)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
             listener, stall = item
             try:
                 listener(stall)
@@ -70,3 +82,4 @@ class Reporter:
                 logger.exception("a stall could not be reported")
             # Hold no request while waiting for the next stall.
             del item, listener, stall
+        self._ended.set()

@@ -85,13 +85,14 @@ def resolved_name(frame: RawFrame, text: str) -> str:
     first, *rest = text.split(".")
     thing: object = frame.namespace.get(first, getattr(builtins, first, None))
     for name in rest:
-        if not isinstance(thing, ModuleType | type):
+        # `isinstance` would ask the object for its class, and a proxy would answer for another.
+        if not issubclass(type(thing), ModuleType | type):
             return text
         thing = vars(thing).get(name)
-    if not isinstance(thing, FunctionType | BuiltinFunctionType | type):
+    if not issubclass(type(thing), FunctionType | BuiltinFunctionType | type):
         return text
-    module = thing.__module__
-    return thing.__qualname__ if module in (None, "builtins") else f"{module}.{thing.__qualname__}"
+    module, qualified = getattr(thing, "__module__", None), getattr(thing, "__qualname__", text)
+    return qualified if module in (None, "builtins") else f"{module}.{qualified}"
 
 
 def function_name(frame: RawFrame) -> str:

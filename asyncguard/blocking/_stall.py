@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from asyncguard._request import RequestRecord
 from asyncguard.blocking._lookups import RawFrame
-from asyncguard.blocking._vitals import Vitals
+from asyncguard.blocking._vitals import Reading
 
 __all__ = ["Aftermath", "LongTurn", "Sample", "Stall", "Wait"]
 
@@ -28,7 +28,7 @@ class LongTurn(NamedTuple):
     record: RequestRecord
     since: float
     until: float
-    vitals: Vitals
+    vitals: Reading
 
 
 class Wait(NamedTuple):
@@ -70,10 +70,8 @@ class Stall:
         samples: The looks at the loop's thread during the stall, in order.
         long_turns: Turns of requests that were long by themselves.
         aftermath: Who ran right after it.
-        cpu: Seconds of CPU the loop's thread used, of `measured`.
-        starved: Seconds it was ready to run but the system gave the core to others.
-        overslept: Seconds by which the watchdog itself woke too late.
-        measured: The length of the window that `cpu`, `starved` and `overslept` cover.
+        spent: What the threads did meanwhile. The window that it covers ends with the stall; it may
+            begin a little before the stall, or after its beginning.
         thread: The name of the loop's thread.
         starting: Whether the application was starting up.
     """
@@ -84,10 +82,7 @@ class Stall:
     samples: Sequence[Sample]
     long_turns: Sequence[LongTurn]
     aftermath: Aftermath
-    cpu: float
-    starved: float
-    overslept: float
-    measured: float
+    spent: Reading
     thread: str
     starting: bool
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trio._core._run import unrolled_run
 from trio.abc import Instrument
 from trio.lowlevel import Task, add_instrument, current_trio_token, remove_instrument
 
 from asyncguard import _clock
-from asyncguard.blocking._lookups import RunningTask
 
 if TYPE_CHECKING:
     from asyncguard.blocking._watch import LoopWatch
@@ -24,25 +23,40 @@ _UNROLLED_RUN = unrolled_run.__code__
 
 
 class TrioProbe(Instrument):
-    """Times each pass of trio's scheduler, and notes whose context is running."""
+    """Times each pass of trio's scheduler, and notes which task is running."""
 
     def __init__(self, watch: LoopWatch) -> None:
-        self.outside = 0
+        self.outside: int = 0
         self._watch = watch
-        self._held_since: float | None = _clock.monotonic()
+        self._held_since: float | None = None
+        self._task: Task | None = None
+
+    def attach(self) -> None:
+        self._held_since = _clock.monotonic()
         add_instrument(self)
 
     def held_since(self) -> float | None:
         return self._held_since
 
+    def runner(self) -> Any:
+        return self._task
+
     def long_turn(self, since: float, until: float) -> None:
         """Nothing to do: the pass that it belongs to is timed as a whole."""
 
+    def pause(self) -> None:
+        """Nothing to do: trio's runs do not pause."""
+
     def detach(self) -> None:
-        self._held_since = None
+        self.forget()
         # Gone already if trio's run has ended.
         with contextlib.suppress(KeyError, RuntimeError):
             remove_instrument(self)
+
+    def forget(self) -> None:
+        self._held_since = self._task = None
+
+    # -- called by trio --------------------------------------------------------------------------
 
     def before_io_wait(self, timeout: float) -> None:
         since, self._held_since = self._held_since, None
@@ -65,10 +79,13 @@ class TrioProbe(Instrument):
             while frame is not None and frame.f_code is not _UNROLLED_RUN:
                 frame = frame.f_back
             self.outside = id(frame)
-        self._watch.trio_task = RunningTask(id(task), task.context)
+        self._task = task
 
     def after_task_step(self, task: Task) -> None:
-        self._watch.trio_task = None
+        self._task = None
+
+    def after_run(self) -> None:
+        self._watch.end_from_outside()
 
 
 def _no_operation() -> None:
