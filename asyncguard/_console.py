@@ -67,9 +67,13 @@ def _blocked(lines: Sequence[BlockedLine]) -> str:
         ).rstrip()
         for row in (heading, tuple("-" * width for width in widths), *rows)
     ]
-    count = sum(entry.count for entry in lines)
-    title = f"asyncguard: {len(lines)} lines blocked the event loop, {count} times"
+    stalls = sum(entry.count for entry in lines)
+    title = f"asyncguard: {_number(len(lines), 'line')} blocked the event loop, in {_number(stalls, 'stall')}"
     return "\n".join([title, "", *table, ""])
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _place(line: SourceLine) -> str:

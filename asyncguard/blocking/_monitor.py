@@ -44,6 +44,9 @@ _FLUSH_TIMEOUT = 2.0
 _watches: weakref.WeakKeyDictionary[Any, LoopWatch] = weakref.WeakKeyDictionary()
 """The watch over each running loop: one, however many monitors listen."""
 
+_live_watches: weakref.WeakSet[LoopWatch] = weakref.WeakSet()
+"""Those of loops that are gone as well, until they have told what they saw."""
+
 _watches_lock = threading.Lock()
 
 _monitors: weakref.WeakSet[LoopMonitor] = weakref.WeakSet()
@@ -117,7 +120,7 @@ class LoopMonitor:
         now = _clock.monotonic()
         records = [
             record
-            for watch in list(_watches.values())
+            for watch in list(_live_watches)
             if watch.heard_by(self._receive)
             for record in list(watch.in_flight)
         ]
@@ -172,6 +175,7 @@ class LoopMonitor:
             watch = _watches.get(loop)
             if watch is None or not watch.active:
                 watch = _watches[loop] = LoopWatch(loop, self._threshold)
+                _live_watches.add(watch)
         watch.listen(self._receive, self._threshold)
         self._latest = watch
         return watch
@@ -261,14 +265,15 @@ def _forget_watches() -> None:
     _watches_lock = threading.Lock()
     for monitor in list(_monitors):
         monitor._lock = threading.Lock()
-    for watch in list(_watches.values()):
+    for watch in list(_live_watches):
         watch.abandon()
     _watches.clear()
+    _live_watches.clear()
 
 
 def _finish_watches() -> None:
     """At the end of the process: tell of what the loops' last iterations held."""
-    for watch in list(_watches.values()):
+    for watch in list(_live_watches):
         watch.end_from_outside()
         watch.flushed().wait(_FLUSH_TIMEOUT)
 

@@ -16,6 +16,7 @@ from asyncguard.blocking._source import (
     call_text,
     definition_line,
     function_name,
+    is_own_code,
     is_user_code,
     resolved_name,
     source_line,
@@ -156,6 +157,9 @@ class _Sight:
 
     @classmethod
     def of(cls, sample: Sample, weight: float, project_root: str | None) -> _Sight:
+        while sample.frames and is_own_code(sample.frames[0].code.co_filename):
+            # The look may fall into asyncguard's own callback at a garbage collection.
+            sample = sample._replace(frames=sample.frames[1:])
         for index, frame in enumerate(sample.frames):
             if is_user_code(frame.code.co_filename, project_root):
                 return cls(sample, weight, index, _line(frame))

@@ -18,6 +18,7 @@ __all__ = [
     "call_text",
     "definition_line",
     "function_name",
+    "is_own_code",
     "is_user_code",
     "resolved_name",
     "source_line",
@@ -29,6 +30,11 @@ _STDLIB = tuple(
     for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
 )
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+
+
+def is_own_code(file: str) -> bool:
+    """Whether `file` is part of asyncguard."""
+    return file.startswith(_OWN)
 
 
 @lru_cache(maxsize=4096)
