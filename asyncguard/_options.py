@@ -22,9 +22,13 @@ def checked_seconds(option: str, value: object, *, minimum: float = 0.0) -> floa
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{option} must be a number of seconds, not {value!r}")
     at_least = f"at least {minimum:g}" if minimum else "greater than 0"
-    if not math.isfinite(value) or value < minimum or value <= 0:
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds) or seconds < minimum or seconds <= 0:
         raise ValueError(f"{option} must be a finite number of seconds {at_least}, not {value!r}")
-    return float(value)
+    return seconds
 
 
 def checked_flag(option: str, value: object) -> bool:
@@ -68,7 +72,11 @@ def checked_directory(option: str, value: str | os.PathLike[str] | None) -> str 
         return None
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{option} must be the path of a directory, or None, not {value!r}")
-    path = Path(value).resolve()
-    if not path.is_dir():
+    try:
+        path = Path(value).resolve()
+        exists = path.is_dir()
+    except (OSError, ValueError):
+        exists = False
+    if not exists:
         raise ValueError(f"{option} must be an existing directory, not {os.fspath(value)!r}")
     return str(path)

@@ -138,9 +138,13 @@ def full_template(path: str, template: str, params: Mapping[str, Any]) -> str:
                 inner.add(name)
     if not path.endswith(filled):
         return template
-    outer = {str(value): f"{{{name}}}" for name, value in params.items() if name not in inner}
-    prefix = path[: len(path) - len(filled)]
-    return "/".join(outer.get(segment, segment) for segment in prefix.split("/")) + template
+    segments = path[: len(path) - len(filled)].split("/")
+    for name, value in params.items():
+        if name not in inner and str(value) in segments:
+            # The last one, since parameters mostly follow what they belong to.
+            last = len(segments) - 1 - segments[::-1].index(str(value))
+            segments[last] = f"{{{name}}}"
+    return "/".join(segments) + template
 
 
 _PLAIN = (str, int, float, UUID)

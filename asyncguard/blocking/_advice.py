@@ -20,6 +20,7 @@ class _Cure(NamedTuple):
     anchor: str
     text: str
     names: tuple[str, ...]
+    """Full names; one that ends in a star stands for all that begin so."""
 
 
 _CURES = (
@@ -45,85 +46,88 @@ _CURES = (
             "requests.sessions.Session.__init__",
             "ssl.create_default_context",
             "ssl.SSLContext",
+            "ssl.SSLContext.__new__",
+            "ssl.SSLContext.load_*",
         ),
     ),
     _Cure(
         "synchronous-http",
         "Await a shared asynchronous client instead, such as `httpx.AsyncClient`",
         (
-            "requests.",
-            "urllib.request.",
-            "urllib3.",
-            "http.client.",
-            "httpx._api.",
-            "httpx._client.Client.",
-            "httpx2._api.",
-            "httpx2._client.Client.",
+            "requests.*",
+            "urllib.request.*",
+            "urllib3.*",
+            "http.client.*",
+            "httpx._api.*",
+            "httpx._client.Client.*",
+            "httpx2._api.*",
+            "httpx2._client.Client.*",
         ),
     ),
     _Cure(
         "subprocesses",
         "Use `await anyio.run_process(...)`",
-        ("subprocess.", "os.system", "posix.system", "os.popen"),
+        ("subprocess.*", "os.system", "posix.system", "os.popen"),
     ),
     _Cure(
         "databases",
         "Use the driver's asynchronous twin, or call it in a thread: `await anyio.to_thread.run_sync(...)`",
         (
-            "MySQLdb.",
-            "psycopg.connection.",
-            "psycopg.cursor.",
-            "psycopg2.",
-            "pymongo.synchronous.",
-            "pymysql.",
-            "redis.client.",
-            "sqlalchemy.engine.",
-            "sqlalchemy.orm.session.",
-            "sqlite3.",
+            "MySQLdb.*",
+            "psycopg.connection.*",
+            "psycopg.cursor.*",
+            "psycopg2.*",
+            "pymongo.synchronous.*",
+            "pymysql.*",
+            "redis.client.*",
+            "sqlalchemy.engine.*",
+            "sqlalchemy.orm.session.*",
+            "sqlite3.*",
+            "_sqlite3.*",
         ),
     ),
     _Cure(
         "passwords",
         "Hash in a thread, `await anyio.to_thread.run_sync(...)`: this hash leaves the GIL free",
-        ("bcrypt.", "argon2.", "hashlib.scrypt", "_hashlib.scrypt", "_hashlib.pbkdf2_hmac"),
+        ("bcrypt.*", "argon2.*", "hashlib.scrypt", "_hashlib.scrypt", "_hashlib.pbkdf2_hmac"),
     ),
     _Cure(
         "locks",
         "Use anyio's `Lock`, `Event` or memory streams, or wait in a thread: "
         "`await anyio.to_thread.run_sync(...)`",
-        ("threading.", "_thread.", "queue.", "_queue.", "concurrent.futures.", "multiprocessing."),
+        ("threading.*", "_thread.*", "queue.*", "_queue.*", "concurrent.futures.*", "multiprocessing.*"),
     ),
     _Cure(
         "name-look-ups",
         "Use `await anyio.getaddrinfo(...)`",
-        ("socket.getaddrinfo", "socket.gethostby", "_socket.getaddrinfo", "_socket.gethostby"),
+        ("socket.getaddrinfo", "socket.gethostby*", "_socket.getaddrinfo", "_socket.gethostby*"),
     ),
     _Cure(
         "files",
         "Use `anyio.Path` or `anyio.open_file`, or do the whole job in a thread: "
         "`await anyio.to_thread.run_sync(...)`",
         (
-            "_io.",
-            "csv.",
+            "_io.*",
+            "csv.*",
             "hashlib.file_digest",
-            "_csv.",
-            "io.",
+            "_csv.*",
+            "io.*",
             "os.fsync",
             "os.walk",
-            "pathlib.",
+            "pathlib.*",
             "posix.fsync",
             "posix.read",
             "posix.write",
-            "shutil.",
-            "tempfile.",
-            "zipfile.",
+            "shutil.*",
+            "tempfile.*",
+            "zipfile.*",
         ),
     ),
     _Cure(
         "big-json",
         "Encode and decode big documents in a worker process: "
         "`await anyio.to_process.run_sync(...)`; a thread would still hold the GIL",
-        ("json.", "_json."),
+        ("json.*", "_json.*"),
     ),
 )
 
@@ -164,9 +168,13 @@ def advice_for(names: Sequence[str], cause: Cause, *, fan_out: bool) -> Advice:
         return _advice(_FAN_OUT)
     for name in names:
         for cure in _CURES:
-            if name.startswith(cure.names):
+            if any(_matches(name, pattern) for pattern in cure.names):
                 return _advice(cure)
     return _advice(_COMPUTING if cause == "cpu" else _WAITING)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
 
 
 def _advice(cure: _Cure) -> Advice:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import asyncio.base_events
 import asyncio.events
+import gc
+import itertools
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -146,16 +148,20 @@ def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) 
     return asyncio.Task(coroutine, loop=loop, **options)
 
 
-def position(code: CodeType, instruction: int) -> tuple[int, int, int, int] | None:
-    """First line, last line, first column and last column (in bytes) of an instruction."""
+class Position(NamedTuple):
+    """Where an instruction is in the source; lines from 1, columns in bytes from 0."""
+
+    line: int | None
+    end_line: int | None
+    column: int | None
+    end_column: int | None
+
+
+def position(code: CodeType, instruction: int) -> Position:
+    """The place of an instruction; all `None` if it has none, columns `None` if they were left out."""
     # Two bytes an instruction: https://docs.python.org/3/reference/datamodel.html#codeobject.co_positions
-    for index, place in enumerate(code.co_positions()):
-        if index == instruction // 2:
-            line, end_line, column, end_column = place
-            if line is None or end_line is None or column is None or end_column is None:
-                return None
-            return line, end_line, column, end_column
-    return None
+    places = itertools.islice(code.co_positions(), max(0, instruction // 2), None)
+    return Position(*next(places, (None, None, None, None)))
 
 
 def await_chain(awaitable: Awaitable[Any] | None) -> Iterator[tuple[CodeType, int]]:
@@ -166,11 +172,21 @@ def await_chain(awaitable: Awaitable[Any] | None) -> Iterator[tuple[CodeType, in
     """
     current: Any = awaitable
     while current is not None:
+        if type(current).__name__ in _STEPS_OF_GENERATORS:
+            # It does not tell whose step it is, but the garbage collector knows what it refers to.
+            current = next((thing for thing in gc.get_referents(current) if _is_suspendable(thing)), None)
         frame = _first(current, "cr_frame", "gi_frame", "ag_frame")
         if frame is None:
             return
         yield frame.f_code, frame.f_lineno
         current = _first(current, "cr_await", "gi_yieldfrom", "ag_await")
+
+
+_STEPS_OF_GENERATORS = {"anext_awaitable", "async_generator_asend", "async_generator_athrow"}
+
+
+def _is_suspendable(thing: object) -> bool:
+    return type(thing).__name__ in {"async_generator", "coroutine", *_STEPS_OF_GENERATORS}
 
 
 def _first(thing: object, *names: str) -> Any:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["HeartbeatProbe", "Probe", "SelectorProbe", "attach_probe", "running_loop"]
 
 _NEVER = float("inf")
+_LONGEST_INTERVAL = 60.0
 
 
 class Probe(Protocol):
@@ -45,6 +46,9 @@ class Probe(Protocol):
 
     def long_turn(self, since: float, until: float) -> None:
         """A request's turn of at least the threshold has just ended, timed exactly."""
+
+    def threshold_changed(self) -> None:
+        """The watch's threshold is another one now. Called on the loop's thread."""
 
     def pause(self) -> None:
         """The loop has stopped running, perhaps to run again later: nothing holds it meanwhile."""
@@ -101,10 +105,12 @@ class SelectorProbe:
         self._held_since: float | None = None
         self._attached = False
         self._wrapper: Any = None
+        self._before: Any = None
 
     def attach(self) -> None:
         self._attached = True
         self._held_since = _clock.monotonic()
+        self._before = vars(self._selector).get("select")
         self._wrapper = self._wrap(self._watch, self._selector.select)
         self._selector.select = self._wrapper
 
@@ -114,14 +120,21 @@ class SelectorProbe:
     def long_turn(self, since: float, until: float) -> None:
         """Nothing to do: the iteration that it belongs to is timed as a whole."""
 
+    def threshold_changed(self) -> None:
+        """Nothing to do: it is asked for anew in each iteration."""
+
     def pause(self) -> None:
         self._held_since = None
 
     def detach(self) -> None:
         self.forget()
         # Somebody may have wrapped our wrapper since: then it stays, and only passes calls on.
-        if vars(self._selector).get("select") is self._wrapper:
+        if vars(self._selector).get("select") is not self._wrapper:
+            return
+        if self._before is None:
             del self._selector.select
+        else:
+            self._selector.select = self._before
 
     def forget(self) -> None:
         self._attached = False
@@ -194,6 +207,12 @@ class HeartbeatProbe:
         """Exact, where the next beat could only estimate."""
         self._stalled(since, until)
 
+    def threshold_changed(self) -> None:
+        """Beat at the new pace at once."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._schedule(self.runner())
+
     def pause(self) -> None:
         self._due = _NEVER
 
@@ -216,7 +235,7 @@ class HeartbeatProbe:
         self.outside = id(sys._getframe().f_back)
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._interval = self._watch.threshold / self.BEATS_PER_THRESHOLD
+        self._interval = min(self._watch.threshold / self.BEATS_PER_THRESHOLD, _LONGEST_INTERVAL)
         self._due = _clock.monotonic() + self._interval
         self._timer = loop.call_later(self._interval, self._beat)
 

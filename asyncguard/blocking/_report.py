@@ -90,7 +90,7 @@ def compose(stall: Stall, threshold: float, project_root: str | None) -> BlockRe
         # Another look at the same line may have caught it in a call that this one did not.
         names += [name for other in inside[1:] for name in _names_called(other)]
         line = source_line(place.frame.code, place.line)
-        stack = _stack(place)
+        stack = _stack(place, project_root)
     elif record is not None:
         # No line of the user's was running: the framework worked for the endpoint.
         line = _endpoint_line(record)
@@ -172,8 +172,7 @@ class _Sight:
 
 
 def _line(frame: RawFrame) -> int:
-    place = position(frame.code, frame.instruction)
-    return place[0] if place else frame.code.co_firstlineno
+    return position(frame.code, frame.instruction).line or frame.code.co_firstlineno
 
 
 def _record(stall: Stall, sights: Sequence[_Sight]) -> RequestRecord | None:
@@ -237,11 +236,12 @@ def _called_by(frame: RawFrame) -> str:
     return resolved_name(frame, text) if text else ""
 
 
-def _stack(place: _Sight) -> tuple[SourceLine, ...]:
+def _stack(place: _Sight, project_root: str | None) -> tuple[SourceLine, ...]:
     """From the user's outermost line to the innermost frame, outermost first."""
-    assert place.user is not None
-    frames = place.sample.frames
-    return tuple(source_line(frame.code, _line(frame)) for frame in reversed(frames))
+    frames = itertools.dropwhile(
+        lambda frame: not is_user_code(frame.code.co_filename, project_root), reversed(place.sample.frames)
+    )
+    return tuple(source_line(frame.code, _line(frame)) for frame in frames)
 
 
 def _endpoint_line(record: RequestRecord) -> SourceLine | None:

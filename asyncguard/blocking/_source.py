@@ -10,6 +10,7 @@ import sysconfig
 from functools import lru_cache
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
 
 from asyncguard.blocking._lookups import RawFrame, position
 from asyncguard.events import SourceLine
@@ -47,13 +48,18 @@ def is_user_code(file: str, project_root: str | None) -> bool:
     if file.startswith("<"):
         return False
     path = os.path.abspath(file)
-    if project_root is not None:
+    if project_root is None:
+        root = ""
+    else:
+        root = os.path.join(project_root, "")
         path = os.path.realpath(path)
-        inside = path.startswith(project_root + os.sep)
-        return inside and not any(part in path[len(project_root) :] for part in _INSTALLED)
-    if path.startswith(_OWN) or any(part in path for part in _INSTALLED):
+        if not path.startswith(root):
+            return False
+    if any(part in path[max(0, len(root) - 1) :] for part in _INSTALLED):
         return False
-    return not os.path.realpath(path).startswith(_STDLIB)
+    # A library below the root is a library; a root inside a library makes the code there the user's.
+    libraries = tuple(library for library in (_OWN, *_STDLIB) if library.startswith(root))
+    return not path.startswith(libraries) and not os.path.realpath(path).startswith(libraries)
 
 
 def source_line(code: CodeType, line: int) -> SourceLine:
@@ -77,10 +83,10 @@ def definition_line(code: CodeType) -> SourceLine:
 
 def call_text(frame: RawFrame) -> str:
     """What the instruction of `frame` calls, as it is written there; empty if it calls nothing."""
-    place = position(frame.code, frame.instruction)
-    if place is None:
+    line, end_line, column, end_column = position(frame.code, frame.instruction)
+    if line is None or end_line is None or column is None or end_column is None:
         return ""
-    return _called(frame.code.co_filename, *place)
+    return _called(frame.code.co_filename, line, end_line, column, end_column)
 
 
 def resolved_name(frame: RawFrame, text: str) -> str:
@@ -90,15 +96,25 @@ def resolved_name(frame: RawFrame, text: str) -> str:
     """
     first, *rest = text.split(".")
     thing: object = frame.namespace.get(first, getattr(builtins, first, None))
+    # Everything is read past the object: a proxy, or a metaclass, would answer for another.
     for name in rest:
-        # `isinstance` would ask the object for its class, and a proxy would answer for another.
-        if not issubclass(type(thing), ModuleType | type):
+        if issubclass(type(thing), ModuleType):
+            thing = object.__getattribute__(thing, "__dict__").get(name)
+        elif issubclass(type(thing), type):
+            thing = _of_class("__dict__", thing).get(name)
+        else:
             return text
-        thing = vars(thing).get(name)
-    if not issubclass(type(thing), FunctionType | BuiltinFunctionType | type):
+    if issubclass(type(thing), type):
+        module, qualified = _of_class("__module__", thing), _of_class("__qualname__", thing)
+    elif issubclass(type(thing), FunctionType | BuiltinFunctionType):
+        module, qualified = getattr(thing, "__module__", None), getattr(thing, "__qualname__", text)
+    else:
         return text
-    module, qualified = getattr(thing, "__module__", None), getattr(thing, "__qualname__", text)
     return qualified if module in (None, "builtins") else f"{module}.{qualified}"
+
+
+def _of_class(name: str, thing: object) -> Any:
+    return type.__dict__[name].__get__(thing)
 
 
 def function_name(frame: RawFrame) -> str:
@@ -125,7 +141,7 @@ def _called(file: str, line: int, end_line: int, column: int, end_column: int) -
         return ""
     # The end first: both columns may be on the same line.
     lines[-1] = lines[-1][:end_column]
-    lines[0] = lines[0][column:]
+    before, lines[0] = lines[0][:column], lines[0][column:]
     try:
         expression = ast.parse(b"(" + b"".join(lines) + b")", mode="eval").body
     except SyntaxError:
@@ -141,4 +157,6 @@ def _called(file: str, line: int, end_line: int, column: int, end_column: int) -
         called = called.value
     # What comes before the last names may be a whole expression with values in it: leave that out.
     names.append(called.id if isinstance(called, ast.Name) else "…")
+    if before.rstrip().endswith(b"."):
+        names.append("…")  # a chain over several lines: this call begins at the name of its method
     return ".".join(reversed(names))

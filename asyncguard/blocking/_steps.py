@@ -65,4 +65,5 @@ def drive(
             coroutine.close()
             raise
         except BaseException as raised:
-            error = raised
+            # As if it had been thrown at the application itself.
+            error = raised.with_traceback(raised.__traceback__ and raised.__traceback__.tb_next)

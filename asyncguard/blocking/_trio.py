@@ -44,6 +44,9 @@ class TrioProbe(Instrument):
     def long_turn(self, since: float, until: float) -> None:
         """Nothing to do: the pass that it belongs to is timed as a whole."""
 
+    def threshold_changed(self) -> None:
+        """Nothing to do: it is asked for anew in each pass."""
+
     def pause(self) -> None:
         """Nothing to do: trio's runs do not pause."""
 

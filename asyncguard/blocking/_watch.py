@@ -105,7 +105,7 @@ class LoopWatch:
         It is called on the reporter's thread, and forgotten when its object is gone.
         """
         self._listeners[weakref.WeakMethod(listener)] = threshold
-        self.threshold = min(self._listeners.values())
+        self._set_threshold(min(self._listeners.values()))
 
     def heard_by(self, listener: Listener) -> bool:
         """Whether `listener` is told of stalls."""
@@ -122,11 +122,17 @@ class LoopWatch:
             self._tell_leaving(listener, self._listeners[method])
             del self._listeners[method]
             if self._listeners:
-                self.threshold = min(self._listeners.values())
+                self._set_threshold(min(self._listeners.values()))
             else:
                 self._probe.detach()
                 self._end()
         return self._reporter.flush()
+
+    def _set_threshold(self, threshold: float) -> None:
+        if threshold != self.threshold:
+            self.threshold = threshold
+            self._probe.threshold_changed()
+            self._watchdog.wake()
 
     @_harmless
     def _tell_leaving(self, listener: Listener, threshold: float) -> None:
@@ -175,7 +181,7 @@ class LoopWatch:
             listener = method()
             if listener is None:
                 del self._listeners[method]
-                self.threshold = min(self._listeners.values(), default=self.threshold)
+                self._set_threshold(min(self._listeners.values(), default=self.threshold))
             elif stall.duration >= threshold:
                 self._reporter.put(listener, stall)
 

@@ -52,8 +52,9 @@ class Watchdog:
         self._overslept = 0.0
         self._vitals = LoopVitals()
         self._baseline = self._vitals.read(0.0)
-        self._stop = threading.Lock()
-        self._stop.acquire()
+        self._stopped = False
+        self._bell = threading.Lock()
+        self._bell.acquire()
 
     def start(self, name: str) -> None:
         """Start the thread.
@@ -69,9 +70,14 @@ class Watchdog:
 
     def stop(self) -> None:
         """End the thread soon; nothing happens if it has been told so before."""
-        if self._stop.locked():
-            with contextlib.suppress(RuntimeError):  # told so twice at once
-                self._stop.release()
+        self._stopped = True
+        self.wake()
+
+    def wake(self) -> None:
+        """End the thread's nap, since the threshold is another one now."""
+        if self._bell.locked():
+            with contextlib.suppress(RuntimeError):  # rung twice at once
+                self._bell.release()
 
     def abandon(self) -> None:
         """Give back what is left of it in a forked child, where its thread is not."""
@@ -99,14 +105,15 @@ class Watchdog:
 
     def _run(self) -> None:
         monotonic = _clock.monotonic
-        wait = self._stop.acquire
+        nap_until_rung = self._bell.acquire
         self._vitals.watchdog_is_here()
         held_before: float | None = None
-        nap = self._threshold() / 2
-        while True:
+        nap = 0.0
+        while not self._stopped:
             self._due = monotonic() + nap
-            if wait(timeout=nap):
-                break
+            if nap_until_rung(timeout=nap):
+                nap = 0.0
+                continue
             # From here to the sample, nothing may let the GIL go: no I/O, no lock. A call in C that
             # held it has just returned, and the loop's thread still stands on its line.
             since = self._probe.held_since()
@@ -117,7 +124,7 @@ class Watchdog:
                 self._samples.append(self._look(now, sys._current_frames().get(self._thread)))
                 nap = min(max(half / 2, held / 8), _LONGEST_NAP)
             else:
-                nap = max(half - held, half / 4)
+                nap = min(max(half - held, half / 4), _LONGEST_NAP)
             self._overslept += max(0.0, now - self._due - _WAKING)
             self._due = float("inf")
             self._forget_samples(before=now if since is None else since)
