@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from types import FunctionType
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -78,13 +79,17 @@ def _called(target: str, factory: Any) -> ASGIApp:
 
 
 def _no_attribute(module_name: str, attribute: str) -> str:
-    module = sys.modules[module_name]
+    members = vars(sys.modules[module_name]).items()
+    # Endpoints are coroutine functions as well: of functions, only those that take what ASGI passes.
     candidates = sorted(
         name
-        for name, value in vars(module).items()
-        if not isinstance(value, type) and is_asgi_app(value) and not name.startswith("_")
+        for name, value in members
+        if not name.startswith("_")
+        and is_asgi_app(value)
+        and (not isinstance(value, FunctionType) or value.__code__.co_argcount == 3)
     )
-    hint = f"; it has {', '.join(candidates)}" if 0 < len(candidates) <= 5 else ""
+    more = ", ..." if len(candidates) > 5 else ""
+    hint = f"; it has {', '.join(candidates[:5])}{more}" if candidates else ""
     return f"the module {module_name!r} has no attribute {attribute!r}{hint}"
 
 

@@ -163,12 +163,23 @@ class _Sight:
         for index, frame in enumerate(sample.frames):
             if is_user_code(frame.code.co_filename, project_root):
                 return cls(sample, weight, index, _line(frame))
+            if _is_routing(frame):
+                # Further out are only middlewares, which merely await what the framework does here.
+                break
         return cls(sample, weight, None, 0)
 
     @property
     def frame(self) -> RawFrame:
         assert self.user is not None
         return self.sample.frames[self.user]
+
+
+def _is_routing(frame: RawFrame) -> bool:
+    """Whether the frame leads a request to its endpoint."""
+    module = frame.namespace.get("__name__")
+    return module in ("starlette.routing", "fastapi.routing") and bool(
+        frame.code.co_flags & inspect.CO_COROUTINE
+    )
 
 
 def _line(frame: RawFrame) -> int:

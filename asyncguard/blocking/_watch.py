@@ -30,9 +30,9 @@ logger = logging.getLogger("asyncguard.blocking")
 P = ParamSpec("P")
 Listener = Callable[[Stall], None]
 
-_AFTERMATH_ROUNDS = 6
-"""Iterations in which a request runs that was due during a stall. asyncio needs five from a connection
-waiting in the backlog to the first turn of its request."""
+_AFTERMATH_ROUNDS = 8
+"""Iterations in which a request runs that was due during a stall. From a connection waiting in the backlog
+to the first turn of its request, uvicorn needs five and hypercorn eight."""
 
 
 def _harmless(
