@@ -17,8 +17,8 @@ _MARGIN = " " * 10
 def stall(report: BlockReport) -> str:
     """One stall, as a paragraph; one of the start-up, which blocked nobody, as a line."""
     if report.starting:
-        place = report.line or "in no line of yours"
-        return f"start-up {report.duration * 1000:.0f} ms without a turn for anybody: {place}\n"
+        place = report.line or "no line of yours"
+        return f"start-up {report.duration * 1000:.0f} ms in one piece, which blocked nobody: {place}\n"
     lines = [f"BLOCKED  {report.headline}"]
     if report.line is not None:
         where = "line" if report.exact else "endpoint"

@@ -112,6 +112,8 @@ class _Served:
 
 
 def _show(report: BlockReport) -> None:
+    if report.starting and report.line is None:
+        return  # it blocked nobody, and there is nothing to be done about it
     _write(_console.stall(report))
 
 

@@ -146,13 +146,15 @@ class SelectorProbe:
         def select(timeout: float | None = None) -> Any:
             if not self._attached:
                 return original(timeout)
-            since, self._held_since = self._held_since, None
+            since = self._held_since
             if since is not None:
                 now = monotonic()
                 if now - since >= watch.threshold:
                     watch.stalled(since, now)
                 elif watch.aftermath is not None:
                     watch.settle()
+            # Not before: the watchdog forgets what it saw as soon as nothing holds the loop.
+            self._held_since = None
             if watch.aftermath is not None and (timeout is None or timeout > 0):
                 # Nothing is ready but what the poll brings. If it brings nothing at once, nobody
                 # else was waiting, and the aftermath is over before the loop goes to sleep.

@@ -53,12 +53,13 @@ def drive(
             return stop.value
         finally:
             now = monotonic()
-            watch.turn, watch.turn_since = outer, outer_since
             held = now - since
             record.loop_time += held
             record.released = now
             if held >= watch.threshold:
                 watch.note_long_turn(record, since, now)
+            # Not before: the watchdog forgets what it saw as soon as nothing holds the loop.
+            watch.turn, watch.turn_since = outer, outer_since
         try:
             value = yield awaited
         except GeneratorExit:

@@ -62,8 +62,7 @@ class TrioProbe(Instrument):
     # -- called by trio --------------------------------------------------------------------------
 
     def before_io_wait(self, timeout: float) -> None:
-        since, self._held_since = self._held_since, None
-        now = _clock.monotonic()
+        since, now = self._held_since, _clock.monotonic()
         if since is not None and now - since >= self._watch.threshold:
             self._watch.stalled(since, now)
             # Have the coming poll return at once, with whatever became ready during the stall.
@@ -72,6 +71,8 @@ class TrioProbe(Instrument):
             self._watch.settle()
             if timeout > 0:
                 self._watch.close_aftermath()
+        # Not before: the watchdog forgets what it saw as soon as nothing holds the loop.
+        self._held_since = None
 
     def after_io_wait(self, timeout: float) -> None:
         self._held_since = _clock.monotonic()

@@ -1,0 +1,249 @@
+"""`install` and `guard`: options refused by the caller's names, and the guard outside everything."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import asyncguard
+from asyncguard import BlockingMiddleware, BlockReport, LoopMonitor
+
+
+async def application(scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+async def coroutine_function(report: BlockReport) -> None: ...
+
+
+BAD_OPTIONS = [
+    ("block_threshold", "0.1", TypeError, "a number of seconds"),
+    ("block_threshold", True, TypeError, "a number of seconds"),
+    ("block_threshold", 0, ValueError, "at least 0.005"),
+    ("block_threshold", -1, ValueError, "at least 0.005"),
+    ("block_threshold", 0.0049, ValueError, "at least 0.005"),
+    ("block_threshold", math.inf, ValueError, "finite"),
+    ("block_threshold", math.nan, ValueError, "finite"),
+    ("on_block", "print", TypeError, "a function that takes one event, or None"),
+    ("on_block", coroutine_function, TypeError, "a plain function"),
+    ("project_root", 1, TypeError, "the path of a directory, or None"),
+    ("project_root", "/no/such/directory", ValueError, "an existing directory"),
+    ("log", 1, TypeError, "True or False"),
+    ("log", None, TypeError, "True or False"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "error", "allowed"), BAD_OPTIONS)
+def test_bad_options(option: str, value: Any, error: type[Exception], allowed: str) -> None:
+    def refuses(call: Any, name: str) -> None:
+        with pytest.raises(error) as caught:
+            call(**{name: value})
+        assert str(caught.value).startswith(f"{name} must be ")
+        assert allowed in str(caught.value)
+        assert repr(value) in str(caught.value)
+
+    app = FastAPI()
+    refuses(lambda **options: asyncguard.install(app, **options), option)
+    refuses(lambda **options: asyncguard.guard(application, **options), option)
+    plain = option.removeprefix("block_")
+    refuses(lambda **options: BlockingMiddleware(application, **options), plain)
+    refuses(LoopMonitor, plain)
+    # The refusal has left no trace: the application can still be guarded.
+    asyncguard.install(app)
+
+
+@pytest.mark.parametrize("value", [0.005, 1])
+def test_thresholds_that_will_do(value: float) -> None:
+    guarded = asyncguard.guard(application, block_threshold=value)
+    assert isinstance(guarded, BlockingMiddleware)
+    assert guarded.monitor.threshold == value
+
+
+@pytest.mark.parametrize(
+    "app", [None, application, "main:app", FastAPI, BlockingMiddleware(application)], ids=repr
+)
+def test_install_takes_starlette_only(app: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        asyncguard.install(app)
+    assert repr(app) in str(caught.value)
+    assert "asyncguard.guard(app)" in str(caught.value)
+
+
+@pytest.mark.parametrize("app", [None, "main:app", FastAPI, print], ids=repr)
+def test_guard_takes_asgi_only(app: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        asyncguard.guard(app)
+    assert str(caught.value).startswith(f"guard() takes an ASGI application, not {app!r}")
+
+
+@pytest.mark.parametrize("app", [None, "main:app"])
+def test_the_middleware_takes_what_can_be_called(app: Any) -> None:
+    """As any middleware, it may get another one that is no coroutine function itself."""
+    with pytest.raises(TypeError) as caught:
+        BlockingMiddleware(app)
+    assert str(caught.value) == f"BlockingMiddleware takes an ASGI application, not {app!r}"
+
+
+def test_guard_takes_a_factorys_result() -> None:
+    def make() -> ASGIApp:
+        return application
+
+    with pytest.raises(TypeError, match="call the factory"):
+        asyncguard.guard(make)  # type: ignore[arg-type]
+
+
+def test_twice() -> None:
+    app = FastAPI()
+    asyncguard.install(app)
+    with pytest.raises(RuntimeError, match=r"called twice.*one call"):
+        asyncguard.install(app)
+
+
+@pytest.mark.parametrize("make", [FastAPI, Starlette])
+def test_too_late(make: Any) -> None:
+    app = make()
+    request(app, "/")
+    with pytest.raises(RuntimeError, match="too late"):
+        asyncguard.install(app)
+
+
+def test_none_is_off() -> None:
+    app = FastAPI()
+    before = app.build_middleware_stack
+    asyncguard.install(app, block_threshold=None)
+    assert app.build_middleware_stack == before
+    assert asyncguard.guard(application, block_threshold=None) is application
+    asyncguard.install(app)
+    with pytest.raises(RuntimeError):
+        asyncguard.install(app)
+
+
+class Blocking:
+    """A middleware that blocks: only a guard outside it can say whose request that was."""
+
+    def __init__(self, app: ASGIApp, log: list[str], name: str) -> None:
+        self.app = app
+        self.log = log
+        self.name = name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.log.append(f"{self.name}: {'asyncguard.request' in scope}")
+        await self.app(scope, receive, send)
+
+
+def request(app: ASGIApp, path: str) -> list[Message]:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "headers": [],
+        "query_string": b"",
+        "server": ("localhost", 80),
+        "scheme": "http",
+    }
+
+    async def main() -> None:
+        await app(scope, receive, send)
+
+    asyncio.run(main())
+    return sent
+
+
+@pytest.mark.parametrize("make", [FastAPI, Starlette])
+def test_whatever_the_order_the_guard_is_outermost(make: Any) -> None:
+    log: list[str] = []
+    app = make(middleware=[Middleware(Blocking, log, "given")])
+    app.add_middleware(Blocking, log, "before")
+    asyncguard.install(app, log=False)
+    app.add_middleware(Blocking, log, "after")
+    assert request(app, "/nothing")[0]["status"] == 404
+    assert log == ["after: True", "before: True", "given: True"]
+
+
+def test_exception_handlers_and_the_server_error_middleware_are_inside() -> None:
+    """An unhandled error is still answered by the application itself, and comes through the guard."""
+
+    async def fail(request: object) -> None:
+        raise LookupError("mine")
+
+    app = Starlette(routes=[Route("/", fail)])
+    asyncguard.install(app, log=False)
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    with pytest.raises(LookupError, match="mine"):
+        asyncio.run(_call(app, scope, receive, send))
+    assert sent[0]["status"] == 500
+
+
+async def _call(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
+
+
+def test_every_option_arrives(tmp_path: Path) -> None:
+    """One real stall in an installed application, in code that is not below `project_root`."""
+    reports: list[BlockReport] = []
+
+    async def block(request: object) -> PlainTextResponse:
+        time.sleep(0.12)
+        return PlainTextResponse("")
+
+    app = Starlette(routes=[Route("/block/{times}", block)])
+    asyncguard.install(app, block_threshold=0.05, on_block=reports.append, project_root=tmp_path, log=False)
+
+    async def serve() -> None:
+        messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+        async def receive() -> Message:
+            message: Message = next(messages)
+            if message["type"] == "lifespan.shutdown":
+                scope = {
+                    "type": "http",
+                    "method": "GET",
+                    "path": "/block/1",
+                    "headers": [],
+                    "query_string": b"",
+                }
+                await _call(app, scope, receive, send)
+            return message
+
+        async def send(message: Message) -> None: ...
+
+        await app({"type": "lifespan", "state": {}}, receive, send)
+
+    asyncio.run(serve())
+    (report,) = reports
+    assert report.request == "GET /block/{times}"
+    assert not report.exact
+    assert report.line is not None
+    assert report.line.function.endswith("block")
+
+
+def test_public_names() -> None:
+    for name in asyncguard.__all__:
+        assert getattr(asyncguard, name).__doc__
+    assert sorted(asyncguard.__all__) == asyncguard.__all__
