@@ -7,11 +7,9 @@ import logging
 import os
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
 import anyio
 
@@ -23,8 +21,9 @@ from asyncguard._options import (
     checked_hook,
     checked_seconds,
 )
+from asyncguard.blocking._ledger import Ledger
 from asyncguard.blocking._probes import running_loop
-from asyncguard.blocking._report import Excuse, awaited_line, compose, excuse
+from asyncguard.blocking._report import awaited_line, compose, excuse
 from asyncguard.blocking._stall import Stall
 from asyncguard.blocking._watch import LoopWatch
 from asyncguard.events import BlockedLine, BlockReport, InFlight
@@ -36,9 +35,6 @@ SHORTEST_THRESHOLD = 0.005
 
 logger = logging.getLogger("asyncguard.blocking")
 
-_MOST_LINES = 1000
-_MOST_REQUESTS_PER_LINE = 10
-_LOG_AGAIN_AFTER = 60.0
 _FLUSH_TIMEOUT = 2.0
 
 _watches: weakref.WeakKeyDictionary[Any, LoopWatch] = weakref.WeakKeyDictionary()
@@ -90,10 +86,7 @@ class LoopMonitor:
         self._project_root = checked_directory("project_root", project_root)
         self._log = checked_flag("log", log)
         self._hook = Hook("on_block", on_block, logger) if on_block is not None else None
-        self._lock = threading.Lock()
-        self._lines: OrderedDict[tuple[str, int] | None, BlockedLine] = OrderedDict()
-        self._logged: dict[tuple[str, int] | None, tuple[float, int]] = {}
-        self._excused: dict[str, int] = dict.fromkeys(get_args(Excuse), 0)
+        self._ledger = Ledger()
         self._latest: LoopWatch | None = None
         _monitors.add(self)
 
@@ -110,9 +103,7 @@ class LoopMonitor:
 
         Stalls of the application's start-up are not among them.
         """
-        with self._lock:
-            lines = tuple(self._lines.values())
-        return tuple(sorted(lines, key=lambda entry: entry.total, reverse=True))
+        return self._ledger.lines()
 
     @property
     def in_flight(self) -> tuple[InFlight, ...]:
@@ -138,8 +129,7 @@ class LoopMonitor:
         this process had the global interpreter lock, and ``unexplained`` those that showed neither a
         line nor a request.
         """
-        with self._lock:
-            return dict(self._excused)
+        return self._ledger.excused()
 
     async def __aenter__(self) -> LoopMonitor:
         self._watch()
@@ -194,69 +184,16 @@ class LoopMonitor:
     def _receive(self, stall: Stall) -> None:
         innocent = excuse(stall, self._threshold)
         if innocent is not None:
-            with self._lock:
-                self._excused[innocent] += 1
+            self._ledger.enter_excused(innocent)
             return
         report = compose(stall, self._threshold, self._project_root)
-        if not report.starting:
-            self._enter(report)
+        unlogged = self._ledger.enter(report)
         if self._hook is not None:
             self._hook(report)
-        if self._log:
-            self._log_grouped(report)
-
-    def _enter(self, report: BlockReport) -> None:
-        """Add the report to what its line has cost so far."""
-        key = _key(report)
-        with self._lock:
-            entry = self._lines.pop(key, None) or BlockedLine(
-                line=report.line,
-                call=report.call,
-                requests=(),
-                count=0,
-                total=0.0,
-                worst=0.0,
-                victims=0,
-                advice=report.advice,
-            )
-            requests = entry.requests
-            if (
-                report.request is not None
-                and report.request not in requests
-                and len(requests) < _MOST_REQUESTS_PER_LINE
-            ):
-                requests = (*requests, report.request)
-            worse = report.duration > entry.worst
-            self._lines[key] = replace(
-                entry,
-                call=report.call if worse else entry.call,
-                requests=requests,
-                count=entry.count + 1,
-                total=entry.total + report.duration,
-                worst=max(entry.worst, report.duration),
-                victims=entry.victims + len(report.victims),
-                advice=report.advice if worse else entry.advice,
-            )
-            if len(self._lines) > _MOST_LINES:
-                forgotten, _ = self._lines.popitem(last=False)
-                self._logged.pop(forgotten, None)
-
-    def _log_grouped(self, report: BlockReport) -> None:
-        key = _key(report)
-        now = _clock.monotonic()
-        with self._lock:
-            last, unlogged = self._logged.get(key, (float("-inf"), 0))
-            again = now - last >= _LOG_AGAIN_AFTER
-            self._logged[key] = (now, 0) if again else (last, unlogged + 1)
-        if not again:
-            return
-        since = f" ({unlogged} more of this line since it was last logged)" if unlogged else ""
-        level = logging.INFO if report.starting else logging.WARNING
-        logger.log(level, "%s%s", report, since, extra={"asyncguard_report": report})
-
-
-def _key(report: BlockReport) -> tuple[str, int] | None:
-    return None if report.line is None else (report.line.file, report.line.line)
+        if self._log and unlogged is not None:
+            since = f" ({unlogged} more of this line since it was last logged)" if unlogged else ""
+            level = logging.INFO if report.starting else logging.WARNING
+            logger.log(level, "%s%s", report, since, extra={"asyncguard_report": report})
 
 
 def _forget_watches() -> None:
@@ -264,7 +201,7 @@ def _forget_watches() -> None:
     global _watches_lock
     _watches_lock = threading.Lock()
     for monitor in list(_monitors):
-        monitor._lock = threading.Lock()
+        monitor._ledger.renew_lock()
     for watch in list(_live_watches):
         watch.abandon()
     _watches.clear()
@@ -274,8 +211,7 @@ def _forget_watches() -> None:
 def _finish_watches() -> None:
     """At the end of the process: tell of what the loops' last iterations held."""
     for watch in list(_live_watches):
-        watch.end_from_outside()
-        watch.flushed().wait(_FLUSH_TIMEOUT)
+        watch.end_at_exit().wait(_FLUSH_TIMEOUT)
 
 
 atexit.register(_finish_watches)

@@ -26,6 +26,10 @@ class Reporter:
 
     Args:
         name: The name of its thread.
+
+    Attributes:
+        at_exit: Whether the process is ending: no thread can be started then, so that what comes is handed
+            over at once if none is running.
     """
 
     MOST_WAITING = 1000
@@ -35,6 +39,7 @@ class Reporter:
         self._queue: queue.SimpleQueue[tuple[Callable[[Stall], None], Stall] | threading.Event | None]
         self._queue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self.at_exit: bool = False
         self._finished = False
         self._ended = threading.Event()
 
@@ -45,6 +50,9 @@ class Reporter:
             RuntimeError: If the system has no thread to give.
         """
         if self._thread is None:
+            if self.at_exit:
+                self._hand_over(listener, stall)
+                return
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             thread.start()
             self._thread = thread
@@ -75,11 +83,12 @@ class Reporter:
             if isinstance(item, threading.Event):
                 item.set()
                 continue
-            listener, stall = item
-            try:
-                listener(stall)
-            except Exception:
-                logger.exception("a stall could not be reported")
-            # Hold no request while waiting for the next stall.
-            del item, listener, stall
+            self._hand_over(*item)
+            del item  # hold no request while waiting for the next stall
         self._ended.set()
+
+    def _hand_over(self, listener: Callable[[Stall], None], stall: Stall) -> None:
+        try:
+            listener(stall)
+        except Exception:
+            logger.exception("a stall could not be reported")

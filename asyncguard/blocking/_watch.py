@@ -216,8 +216,14 @@ class LoopWatch:
         self._probe.forget()
         self._end()
 
-    def flushed(self) -> threading.Event:
-        """What is set once everybody has heard of all that happened before."""
+    def end_at_exit(self) -> threading.Event:
+        """End the watch because the process ends.
+
+        Returns:
+            What is set once everybody has heard of all that happened before.
+        """
+        self._reporter.at_exit = True
+        self.end_from_outside()
         return self._reporter.flush()
 
     def abandon(self) -> None:

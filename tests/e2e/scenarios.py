@@ -32,7 +32,7 @@ UPSTREAM = os.environ.get("ASYNCGUARD_TEST_UPSTREAM", "")
 
 NUMBERS = [0.1 + number for number in range(400_000)]
 ROWS = [{"id": number, "price": 0.1} for number in range(50_000)]
-BLOCK = bytes(16 << 20)
+BLOCK = bytes(8 << 20)
 
 
 @asynccontextmanager
@@ -90,7 +90,7 @@ async def read_pipe(path: str) -> int:
 async def sync_file() -> int:
     # Few and long waits: after each of many short ones, the thread would queue for a core again.
     rounds = 0
-    until = time.perf_counter() + 2 * STALL
+    until = time.perf_counter() + STALL
     with tempfile.TemporaryFile() as file:
         number = file.fileno()
         while time.perf_counter() < until:

@@ -20,6 +20,8 @@ from tests.servers import Server, serve
 pytestmark = pytest.mark.e2e
 
 SCENARIOS = "tests/e2e/scenarios.py"
+QUIET = ("/awaited", "/thread", "/to-thread", "/upstream")
+"""Requests that take long and block nobody."""
 
 
 @dataclass
@@ -48,11 +50,19 @@ def guarded(
     with serve(request.param, app, env={**upstream_env, **recording.env}) as server:
         with recording.during(server.port):
             # What the start-up blocks, and the first use of a library, is nobody's concern here.
-            for path in ("/hello", "/upstream", "/to-thread", "/thread"):
-                assert get(server.port, path).status == 200
+            for path in ("/hello", *QUIET):
+                ask_three_times_at_once(server.port, path)
         yield Guarded(request.param, server, upstream, recording)
         server.terminate()
         assert "Traceback" not in server.stderr
+
+
+def ask_three_times_at_once(port: int, path: str) -> None:
+    with ExitStack() as stack:
+        connections = [stack.enter_context(Connection(port)) for _ in range(3)]
+        for connection in connections:
+            connection.send(path)
+        assert [connection.receive().status for connection in connections] == [200] * 3
 
 
 @dataclass(frozen=True)
@@ -178,13 +188,10 @@ def test_response_around_a_stall_is_whole(guarded: Guarded, path: str, body: byt
 # -- quiet -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/awaited", "/thread", "/to-thread", "/upstream"])
+@pytest.mark.parametrize("path", QUIET)
 def test_waiting_request_blocks_nobody(guarded: Guarded, path: str) -> None:
-    with guarded.recording.during(guarded.port) as recorded, ExitStack() as stack:
-        connections = [stack.enter_context(Connection(guarded.port)) for _ in range(3)]
-        for connection in connections:
-            connection.send(path)
-        assert [connection.receive().status for connection in connections] == [200] * 3
+    with guarded.recording.during(guarded.port) as recorded:
+        ask_three_times_at_once(guarded.port, path)
     assert recorded.reports == [], str(recorded)
 
 

@@ -148,8 +148,8 @@ def test_two_workers_report_each_for_itself(recording: Recording) -> None:
         server.terminate()
         eventually(lambda: not server.remnants(), "the workers have ended as well")
     assert server.pid not in recorded.pids
-    # Where two requests share a stall, it is not one of them that is accused.
-    assert {report.request for report in recorded.reports} - {None} == {"GET /sleep/{name}"}
+    # Where several requests share a stall, no single one of them is accused.
+    assert {report.request for report in recorded.reports} <= {"GET /sleep/{name}", None}
     named = {
         pid
         for pid, report in zip(recorded.pids, recorded.reports, strict=True)
