@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TypedDict
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from asyncguard._asgi import checked_app
 from asyncguard._options import checked_seconds
-from asyncguard.blocking import SHORTEST_THRESHOLD, BlockingMiddleware
+from asyncguard.blocking import SHORTEST_THRESHOLD, BlockingMiddleware, LoopMonitor
 from asyncguard.events import BlockReport
 
 __all__ = ["guard", "install"]
@@ -56,10 +57,9 @@ def install(
     build = app.build_middleware_stack
     if isinstance(build, _GuardedStack):
         raise RuntimeError(f"install() was called twice for {app!r}; pass all options in one call")
-    if block_threshold is None:
-        return
     outermost = _blocking(app.router, block_threshold, on_block, project_root, log)
-    app.build_middleware_stack = _GuardedStack(build, outermost)  # type: ignore[method-assign]
+    if outermost is not None:
+        app.build_middleware_stack = _GuardedStack(build, outermost)  # type: ignore[method-assign]
 
 
 def guard(
@@ -89,26 +89,30 @@ def guard(
         ValueError: If an option is out of range.
     """
     checked_app(app, called_by="guard()")
-    if block_threshold is None:
-        return app
-    return _blocking(app, block_threshold, on_block, project_root, log)
+    return _blocking(app, block_threshold, on_block, project_root, log) or app
 
 
 def _blocking(
     app: ASGIApp,
-    threshold: float,
+    threshold: float | None,
     on_block: Callable[[BlockReport], object] | None,
     project_root: str | os.PathLike[str] | None,
     log: bool,
-) -> BlockingMiddleware:
-    return BlockingMiddleware(
-        app,
-        # Checked here as well, for the sake of the name that the caller knows it by.
-        threshold=checked_seconds("block_threshold", threshold, minimum=SHORTEST_THRESHOLD),
-        on_block=on_block,
-        project_root=project_root,
-        log=log,
-    )
+) -> BlockingMiddleware | None:
+    """The guard against blocking; `None` if it is off. Its options are checked in either case."""
+    options = _Blocking(on_block=on_block, project_root=project_root, log=log)
+    if threshold is None:
+        LoopMonitor(**options)
+        return None
+    # Checked here as well, for the sake of the name that the caller knows it by.
+    threshold = checked_seconds("block_threshold", threshold, minimum=SHORTEST_THRESHOLD)
+    return BlockingMiddleware(app, threshold=threshold, **options)
+
+
+class _Blocking(TypedDict):
+    on_block: Callable[[BlockReport], object] | None
+    project_root: str | os.PathLike[str] | None
+    log: bool
 
 
 class _GuardedStack:

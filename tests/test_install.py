@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,9 @@ def test_public_names() -> None:
     for name in asyncguard.__all__:
         assert getattr(asyncguard, name).__doc__
     assert sorted(asyncguard.__all__) == asyncguard.__all__
+
+
+@pytest.mark.parametrize("put", [asyncguard.guard, asyncguard.install], ids=["guard", "install"])
+def test_options_are_checked_even_where_the_guard_is_off(put: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match=r"^on_block must be a function .* not 'print'$"):
+        put(Starlette(), block_threshold=None, on_block="print")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 from collections import deque
@@ -17,6 +18,8 @@ from asyncguard.blocking._stall import Sample
 from asyncguard.blocking._vitals import LoopVitals, Reading
 
 __all__ = ["Watchdog"]
+
+logger = logging.getLogger("asyncguard.blocking")
 
 _MOST_SAMPLES = 64
 _LONGEST_NAP = 1.0
@@ -52,6 +55,8 @@ class Watchdog:
         self._overslept = 0.0
         self._vitals = LoopVitals()
         self._baseline = self._vitals.read(0.0)
+        self._held_before: float | None = None
+        self._failed = False
         self._stopped = False
         self._bell = threading.Lock()
         self._bell.acquire()
@@ -104,37 +109,45 @@ class Watchdog:
     # -- on its own thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        monotonic = _clock.monotonic
-        nap_until_rung = self._bell.acquire
         self._vitals.watchdog_is_here()
-        held_before: float | None = None
         nap = 0.0
         while not self._stopped:
-            self._due = monotonic() + nap
-            if nap_until_rung(timeout=nap):
+            self._due = _clock.monotonic() + nap
+            if self._bell.acquire(timeout=nap):
                 nap = 0.0
                 continue
-            # From here to the sample, nothing may let the GIL go: no I/O, no lock. A call in C that
-            # held it has just returned, and the loop's thread still stands on its line.
-            since = self._probe.held_since()
-            now = monotonic()
-            half = self._threshold() / 2
-            held = 0.0 if since is None else now - since
-            if held >= half:
-                self._samples.append(self._look(now, sys._current_frames().get(self._thread)))
-                nap = min(max(half / 2, held / 8), _LONGEST_NAP)
-            else:
-                nap = min(max(half - held, half / 4), _LONGEST_NAP)
-            self._overslept += max(0.0, now - self._due - _WAKING)
-            self._due = float("inf")
-            self._forget_samples(before=now if since is None else since)
-            # Not in the middle of a hold: what it has cost so far would be forgotten.
-            if since is None or (since != held_before and held < half):
-                self._baseline = self._vitals.read(self._overslept)
-            held_before = since
-            if not self._alive():
-                break
+            # From here to the look, nothing may let the GIL go: no I/O, no lock. A call in C that held
+            # it has just returned, and the loop's thread still stands on its line.
+            try:
+                nap = self._wake_up()
+                if not self._alive():
+                    break
+            except Exception:
+                nap = _LONGEST_NAP
+                if not self._failed:
+                    self._failed = True
+                    logger.exception("asyncguard failed to look at the loop; it goes on trying in silence")
         self._vitals.close()
+
+    def _wake_up(self) -> float:
+        """Look, if the loop is held; returns for how long to nap now."""
+        since = self._probe.held_since()
+        now = _clock.monotonic()
+        half = self._threshold() / 2
+        held = 0.0 if since is None else now - since
+        if held >= half:
+            self._samples.append(self._look(now, sys._current_frames().get(self._thread)))
+            nap = max(half / 2, held / 8)
+        else:
+            nap = max(half - held, half / 4)
+        self._overslept += max(0.0, now - self._due - _WAKING)
+        self._due = float("inf")
+        self._forget_samples(before=now if since is None else since)
+        # Not in the middle of a hold: what it has cost so far would be forgotten.
+        if since is None or (since != self._held_before and held < half):
+            self._baseline = self._vitals.read(self._overslept)
+        self._held_before = since
+        return min(nap, _LONGEST_NAP)
 
     def _look(self, now: float, frame: FrameType | None) -> Sample:
         stack = read_stack(frame, self._probe.outside)

@@ -187,3 +187,25 @@ def test_it_wakes_for_a_shorter_threshold(kennel: Kennel, clock: TurnedClock) ->
     clock.turn(THRESHOLD)
     kennel.wait()
     assert looks(kennel, clock) >= 1
+
+
+def test_a_look_that_fails_is_logged_once_and_tried_again(
+    kennel: Kennel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = threading.Semaphore(0)
+
+    def broken() -> float:
+        asked.release()
+        raise RuntimeError("no stack to be had")
+
+    kennel.wait()
+    monkeypatch.setattr(kennel.probe, "held_since", broken)
+    for _ in range(2):
+        assert asked.acquire(timeout=30)
+        kennel.dog.wake()
+    assert asked.acquire(timeout=30)
+    monkeypatch.undo()
+    kennel.dog.wake()
+    kennel.wait()
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["asyncguard failed to look at the loop; it goes on trying in silence"]
