@@ -6,6 +6,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -73,7 +74,9 @@ def _run(*, threshold: float, project_root: str | None, **options: Any) -> None:
     except AppNotLoaded as error:
         _show_own_failure(error.__cause__)
         raise _Refused(str(error)) from None
-    if options["uds"] is None and options["fd"] is None:
+    if options["uds"] is not None:
+        _check_socket(options["uds"])
+    elif options["fd"] is None:
         _check_port(options["host"], options["port"])
     Settings(target, factory, threshold, project_root).publish()
     assert _UVICORN.callback is not None
@@ -96,8 +99,16 @@ def _without_import(found: TracebackType | None) -> TracebackType | None:
     return shown
 
 
+def _check_socket(path: str) -> None:
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise _Refused(f"--uds must be a path in an existing directory, not {path!r}")
+
+
 def _check_port(host: str, port: int) -> None:
     """Refuse in one line what uvicorn would refuse in several."""
+    if not 0 <= port <= 65535:
+        raise _Refused(f"--port must be between 0 and 65535, not {port}")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:

@@ -30,7 +30,7 @@ def load_app(target: str, *, factory: bool = False) -> ASGIApp:
             application's own code failed; its exception is then the cause.
     """
     module_name, colon, attribute = target.partition(":")
-    if not module_name or not colon or not attribute:
+    if not module_name.strip(".") or module_name.startswith(".") or not colon or not attribute:
         raise AppNotLoaded(f"{target!r} is no import string: write module:attribute, such as main:app")
     found: Any = _import(module_name)
     for name in attribute.split("."):
@@ -61,7 +61,7 @@ def _import(name: str) -> Any:
                 f"holds it, or name that directory with --app-dir (looked first in {sys.path[0] or '.'})"
             ) from None
         raise AppNotLoaded(f"importing {name!r} failed: {_summary(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AppNotLoaded(f"importing {name!r} failed: {_summary(error)}") from error
 
 
@@ -70,7 +70,7 @@ def _called(target: str, factory: Any) -> ASGIApp:
         raise AppNotLoaded(f"{target!r} is no application factory but {_described(factory)}")
     try:
         app = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AppNotLoaded(f"the factory {target!r} failed: {_summary(error)}") from error
     if not is_asgi_app(app):
         raise AppNotLoaded(f"the factory {target!r} returned no ASGI application but {_described(app)}")
@@ -94,7 +94,8 @@ def _no_attribute(module_name: str, attribute: str) -> str:
 
 
 def _described(thing: object) -> str:
-    return f"a {type(thing).__name__} ({thing!r:.80})"
+    name = type(thing).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name} ({thing!r:.80})"
 
 
 def _summary(error: BaseException) -> str:

@@ -27,6 +27,8 @@ class RequestRecord:
     """What asyncguard knows of one request: HTTP or websocket.
 
     Attributes:
+        connection: What tells its connection from others, where one carries only one request at a time
+            (HTTP/1); `None` elsewhere.
         started: When the request reached the outermost guard, on asyncguard's monotonic clock.
         loop_time: Seconds for which its coroutine has held the loop so far.
         released: When its coroutine last gave the loop back; minus infinity before it first did.
@@ -38,6 +40,7 @@ class RequestRecord:
         "_endpoint",
         "_label",
         "_scope",
+        "connection",
         "coroutine",
         "finished_at",
         "loop_time",
@@ -49,6 +52,7 @@ class RequestRecord:
         self._scope: MutableMapping[str, Any] | None = scope
         self._label: tuple[str, str, str, Mapping[str, Any], str] | None = None
         self._endpoint: object = None
+        self.connection: object = _connection(scope)
         self.started: float = started
         self.released: float = -math.inf
         self.finished_at: float = math.inf
@@ -97,6 +101,12 @@ class RequestRecord:
 
 def _escaped(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _connection(scope: MutableMapping[str, Any]) -> object:
+    client = scope.get("client")
+    # Behind a proxy, servers put the user's address here, and 0 for the port that they do not know.
+    return client if client and client[1] and str(scope.get("http_version")).startswith("1") else None
 
 
 def _label_parts(

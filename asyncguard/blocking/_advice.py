@@ -65,6 +65,11 @@ _CURES = (
         ),
     ),
     _Cure(
+        "imports",
+        "Import it at the top of the module, so that it is loaded before the first request",
+        ("importlib.*", "importlib._bootstrap*"),
+    ),
+    _Cure(
         "subprocesses",
         "Use `await anyio.run_process(...)`",
         ("subprocess.*", "os.system", "posix.system", "os.popen"),

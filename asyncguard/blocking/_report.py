@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -191,7 +192,15 @@ def _record(stall: Stall, sights: Sequence[_Sight]) -> RequestRecord | None:
     longest = max(stall.long_turns, key=lambda turn: turn.until - turn.since, default=None)
     if longest is not None and longest.until - longest.since > stall.duration / 2:
         return longest.record
-    return _majority((sight.sample.record, sight.weight) for sight in sights)
+    record = _majority((sight.sample.record, sight.weight) for sight in sights)
+    if record is not None:
+        return record
+    # Several requests of one route, one after the other: any of them stands for the route.
+    turns = [(turn.record, turn.until - turn.since) for turn in stall.long_turns]
+    route = _majority((record.label, held) for record, held in turns)
+    return max(
+        (turn for turn in turns if turn[0].label == route), key=lambda turn: turn[1], default=(None, 0)
+    )[0]
 
 
 def _inside(sights: Sequence[_Sight]) -> list[_Sight]:
@@ -276,9 +285,15 @@ def awaited_line(record: RequestRecord, project_root: str | None) -> SourceLine 
 
 def _victims(stall: Stall, culprit: RequestRecord | None) -> tuple[Victim, ...]:
     waits: dict[RequestRecord, float] = {}
+    connections = {culprit.connection} if culprit is not None else set[object]()
     for record, since, resumed in stall.aftermath.waits:
-        if record is not culprit and record not in waits:
-            waits[record] = resumed - max(since, stall.start)
+        if record is culprit or record in waits:
+            continue
+        # Whose connection was busy until then has sent this request only now, and did not wait.
+        if since == -math.inf and record.connection is not None and record.connection in connections:
+            continue
+        connections.add(record.connection)
+        waits[record] = resumed - max(since, stall.start)
     return tuple(
         Victim(record.label, wait)
         for record, wait in sorted(waits.items(), key=lambda item: -item[1])

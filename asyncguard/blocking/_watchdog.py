@@ -141,11 +141,14 @@ class Watchdog:
         else:
             nap = max(half - held, half / 4)
         self._overslept += max(0.0, now - self._due - _WAKING)
-        self._due = float("inf")
+        self._due = now
         self._forget_samples(before=now if since is None else since)
         # Not in the middle of a hold: what it has cost so far would be forgotten.
         if since is None or (since != self._held_before and held < half):
-            self._baseline = self._vitals.read(self._overslept)
+            reading = self._vitals.read(self._overslept)
+            # Nor if this thread was held up meanwhile: there may be a hold by now.
+            if reading.at - now < half:
+                self._baseline = reading
         self._held_before = since
         return min(nap, _LONGEST_NAP)
 

@@ -7,6 +7,7 @@ import csv
 import dis
 import hashlib
 import http.client
+import importlib
 import io
 import json
 import linecache
@@ -41,9 +42,9 @@ from asyncguard.blocking._source import call_text, function_name, resolved_name
 MODULES: dict[str, Any] = {
     module.__name__.partition(".")[0]: __import__(module.__name__.partition(".")[0])
     for module in (
-        concurrent.futures, csv, hashlib, http.client, httpx, httpx2, io, json, multiprocessing, os, pathlib,
-        queue, requests, shutil, socket, sqlite3, ssl, subprocess, tempfile, threading, time, urllib.request,
-        urllib3, zipfile,
+        concurrent.futures, csv, hashlib, http.client, httpx, httpx2, importlib, io, json, multiprocessing,
+        os, pathlib, queue, requests, shutil, socket, sqlite3, ssl, subprocess, tempfile, threading, time,
+        urllib.request, urllib3, zipfile,
     )
 }  # fmt: skip
 
@@ -82,6 +83,7 @@ WRITTEN = [
     ("shutil.copytree(a, b)", "files"),
     ("tempfile.mkdtemp()", "files"),
     ("zipfile.ZipFile(path)", "files"),
+    ("importlib.import_module(name)", "imports"),
     ("json.dumps(document)", "big-json"),
     ("json.loads(text)", "big-json"),
     ("sorted(numbers)", None),
@@ -115,6 +117,7 @@ FUNCTIONS: list[tuple[Any, str | None]] = [
     (zipfile.ZipFile.extractall, "files"),
     (shutil.rmtree, "files"),
     (json.JSONEncoder.encode, "big-json"),
+    (importlib._bootstrap._find_and_load, "imports"),  # type: ignore[attr-defined]
     (ssl.SSLContext.wrap_socket, None),
 ]
 

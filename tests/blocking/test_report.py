@@ -438,6 +438,39 @@ def test_victims() -> None:
     ]
 
 
+def served_to(port: int, path: str, http_version: str = "1.1") -> RequestRecord:
+    scope = {"type": "http", "method": "GET", "path": path, "client": ("192.0.2.1", port)}
+    return RequestRecord(scope | {"http_version": http_version}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("port", "http_version", "expected"),
+    [
+        (5001, "1.1", {"GET /first"}),
+        (5001, "2", {"GET /first", "GET /next", "GET /after-that"}),  # sends many at once
+        (0, "1.1", {"GET /first", "GET /next", "GET /after-that"}),  # not known behind a proxy
+    ],
+)
+def test_who_sends_the_next_request_after_the_answer_did_not_wait(
+    port: int, http_version: str, expected: set[str]
+) -> None:
+    culprit = served_to(port, "/culprit", http_version)
+    waits = [
+        Wait(served_to(port, "/next", http_version), -math.inf, 101.1),
+        Wait(served_to(port and 5002, "/first", http_version), -math.inf, 101.2),
+        Wait(served_to(port and 5002, "/after-that", http_version), -math.inf, 101.3),
+    ]
+    report = composed(make_stall(long_turns=[long_turn(culprit)], waits=waits))
+    assert {victim.request for victim in report.victims} == expected
+
+
+def test_several_requests_of_one_route_in_a_row() -> None:
+    turns = [long_turn(request("/same"), 100 + 0.25 * n, 100.25 + 0.25 * n) for n in range(4)]
+    assert composed(make_stall(long_turns=turns)).request == "GET /same"
+    others = [long_turn(request(f"/{n}"), 100 + 0.25 * n, 100.25 + 0.25 * n) for n in range(4)]
+    assert composed(make_stall(long_turns=others)).request is None
+
+
 def test_the_aftermath_is_bounded() -> None:
     aftermath = Aftermath(rounds=6)
     record = request("/")

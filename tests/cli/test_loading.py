@@ -120,6 +120,15 @@ def test_error_of_the_applications_own_is_the_cause(module: str) -> None:
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+def test_exit_of_the_applications_own_is_a_failure(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AppNotLoaded):
+        load_app(f"{module}:missing")
+    monkeypatch.setattr(sys.modules[module], "create", lambda: sys.exit("no settings"))
+    with pytest.raises(AppNotLoaded, match="create' failed: SystemExit: no settings") as caught:
+        load_app(f"{module}:create", factory=True)
+    assert isinstance(caught.value.__cause__, SystemExit)
+
+
 def test_long_thing_is_cut_short(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AppNotLoaded):
         load_app(f"{module}:missing")

@@ -241,6 +241,7 @@ def test_reload(project: Path) -> None:
 
 REFUSALS = [
     (["main"], "'main' is no import string: write module:attribute, such as main:app"),
+    ([".main:app"], "'.main:app' is no import string"),
     (["nowhere:app"], "there is no module 'nowhere' here: .*--app-dir"),
     (["shop.nowhere:app"], "there is no module 'shop.nowhere' here"),
     (["main:ap"], "the module 'main' has no attribute 'ap'; it has app, .*nested"),
@@ -255,6 +256,11 @@ REFUSALS = [
     (
         ["main:app", "--project-root", "nowhere"],
         "--project-root must be an existing directory, not 'nowhere'",
+    ),
+    (["main:app", "--port", "99999"], "--port must be between 0 and 65535, not 99999"),
+    (
+        ["main:app", "--uds", "nowhere/socket"],
+        "--uds must be a path in an existing directory, not 'nowhere/socket'",
     ),
     (["main:app", "--host", "host.invalid"], "cannot listen on host.invalid port 8000: .* --host and --port"),
 ]

@@ -209,6 +209,16 @@ def test_crowd_of_quick_requests_blocks_nobody(guarded: Guarded) -> None:
 # -- who suffered ----------------------------------------------------------------------------------
 
 
+def test_who_asks_one_thing_after_the_other_never_waits(guarded: Guarded) -> None:
+    """The next request comes right after the stall, but it was sent after the answer."""
+    with guarded.recording.during(guarded.port) as recorded, Connection(guarded.port) as connection:
+        for _ in range(5):
+            for path in ("/sleep", "/hello", "/hello"):
+                assert connection.get(path).status == 200
+    assert [report.request for report in recorded.reports] == ["GET /sleep"] * 5
+    assert [victim.request for report in recorded.reports[:-1] for victim in report.victims] == []
+
+
 def test_victims_are_those_who_were_due(guarded: Guarded) -> None:
     """Those who came during the stall and those whose upstream answered during it; nobody else.
 
