@@ -478,40 +478,37 @@ async def suspended(coroutine: Any) -> list[str]:
     return found
 
 
-def test_coroutines_down_to_a_future(marked: Callable[[str], int]) -> None:
-    async def main() -> None:
-        coroutine = middle()
-        task = asyncio.create_task(coroutine)
-        await asyncio.sleep(0)
-        assert list(await_chain(coroutine)) == [
-            (middle.__code__, marked("middle")),
-            (leaf.__code__, marked("leaf")),
-        ]
-        task.cancel()
-        await asyncio.wait([task])
-
-    asyncio.run(main())
+@pytest.mark.asyncio
+async def test_coroutines_down_to_a_future(marked: Callable[[str], int]) -> None:
+    coroutine = middle()
+    task = asyncio.create_task(coroutine)
+    await asyncio.sleep(0)
+    assert list(await_chain(coroutine)) == [
+        (middle.__code__, marked("middle")),
+        (leaf.__code__, marked("leaf")),
+    ]
+    task.cancel()
+    await asyncio.wait([task])
 
 
-def test_generator_based_coroutines() -> None:
-    assert asyncio.run(suspended(over_a_generator())) == [
+@pytest.mark.asyncio
+async def test_generator_based_coroutines() -> None:
+    assert await suspended(over_a_generator()) == [
         "over_a_generator",
         "generator_over_a_coroutine",
         "leaf",
     ]
 
 
-def test_an_asynchronous_generator() -> None:
-    async def main() -> None:
-        generator = numbers()
-        step = generator.__anext__()
-        context = copy_context()
-        context.run(step.send, None)  # type: ignore[attr-defined]
-        assert names(generator) == ["numbers", "leaf"]
-        with pytest.raises(asyncio.CancelledError):
-            context.run(step.throw, asyncio.CancelledError)  # type: ignore[attr-defined]
-
-    asyncio.run(main())
+@pytest.mark.asyncio
+async def test_an_asynchronous_generator() -> None:
+    generator = numbers()
+    step = generator.__anext__()
+    context = copy_context()
+    context.run(step.send, None)  # type: ignore[attr-defined]
+    assert names(generator) == ["numbers", "leaf"]
+    with pytest.raises(asyncio.CancelledError):
+        context.run(step.throw, asyncio.CancelledError)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -521,8 +518,9 @@ def test_an_asynchronous_generator() -> None:
         (over_a_manager, ["over_a_manager", "__aenter__", "manager", "leaf"]),
     ],
 )
-def test_asynchronous_generators_inside_a_coroutine(make: Any, expected: list[str]) -> None:
-    assert asyncio.run(suspended(make())) == expected
+@pytest.mark.asyncio
+async def test_asynchronous_generators_inside_a_coroutine(make: Any, expected: list[str]) -> None:
+    assert await suspended(make()) == expected
 
 
 async def asleep() -> None:
