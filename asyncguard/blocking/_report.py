@@ -158,7 +158,7 @@ class _Sight:
 
     @classmethod
     def of(cls, sample: Sample, weight: float, project_root: str | None) -> _Sight:
-        while sample.frames and is_own_code(sample.frames[0].code.co_filename):
+        while sample.frames and _is_ours(sample.frames[0], project_root):
             # The look may fall into asyncguard's own callback at a garbage collection.
             sample = sample._replace(frames=sample.frames[1:])
         for index, frame in enumerate(sample.frames):
@@ -173,6 +173,12 @@ class _Sight:
     def frame(self) -> RawFrame:
         assert self.user is not None
         return self.sample.frames[self.user]
+
+
+def _is_ours(frame: RawFrame, project_root: str | None) -> bool:
+    """Whether the frame runs asyncguard, and not an example that is installed with it."""
+    file = frame.code.co_filename
+    return is_own_code(file) and not is_user_code(file, project_root)
 
 
 def _is_routing(frame: RawFrame) -> bool:

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.routing import Router
 
+import asyncguard
 from asyncguard._request import RequestRecord
 from asyncguard.blocking._lookups import RawFrame, read_stack
 from asyncguard.blocking._report import awaited_line, compose, excuse
@@ -217,6 +218,18 @@ def test_asyncguards_own_frames_are_left_out(project: Project) -> None:
     assert (report.line.function, report.call, report.innermost) == ("helper", "look", "look")
     assert [line.function for line in report.stack] == ["handler", "helper"]
     assert composed(make_stall(sample(100.5, tuple(own)))).line is None
+
+
+def test_an_example_that_is_installed_with_asyncguard(project: Project) -> None:
+    """The shop of ``asyncguard demo`` lies inside the package then, and is the user's by its root."""
+    root = Path(asyncguard.__file__).parent / "_examples" / "shop"
+    program = compile("def checkout():\n    look()\n", str(root / "unhealthy.py"), "exec")
+    project.modules["shop"] = {"__name__": "shop", "look": project._look}
+    exec(program, project.modules["shop"])
+    (frames,) = project.frames("shop", "checkout")
+    report = composed(make_stall(sample(100.5, frames)), str(root))
+    assert report.line is not None
+    assert (report.line.function, report.line.line, report.exact) == ("checkout", 2, True)
 
 
 def test_a_call_that_is_not_written_out(tmp_path: Path) -> None:
