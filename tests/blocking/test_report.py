@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.routing import Router
 
-import asyncguard
 from asyncguard._request import RequestRecord
+from asyncguard.blocking import _source
 from asyncguard.blocking._lookups import RawFrame, read_stack
 from asyncguard.blocking._report import awaited_line, compose, excuse
 from asyncguard.blocking._stall import Aftermath, LongTurn, Sample, Stall, Wait
@@ -220,14 +221,14 @@ def test_asyncguards_own_frames_are_left_out(project: Project) -> None:
     assert composed(make_stall(sample(100.5, tuple(own)))).line is None
 
 
-def test_an_example_that_is_installed_with_asyncguard(project: Project) -> None:
+def test_an_example_that_is_installed_with_asyncguard(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The shop of ``asyncguard demo`` lies inside the package then, and is the user's by its root."""
-    root = Path(asyncguard.__file__).parent / "_examples" / "shop"
-    program = compile("def checkout():\n    look()\n", str(root / "unhealthy.py"), "exec")
-    project.modules["shop"] = {"__name__": "shop", "look": project._look}
-    exec(program, project.modules["shop"])
+    shop = project.add("shop", "def checkout():\n    look()\n", library=True)
+    monkeypatch.setattr(_source, "_OWN", f"{shop.parent.parent}{os.sep}")
     (frames,) = project.frames("shop", "checkout")
-    report = composed(make_stall(sample(100.5, frames)), str(root))
+    report = composed(make_stall(sample(100.5, frames)), str(shop.parent))
     assert report.line is not None
     assert (report.line.function, report.line.line, report.exact) == ("checkout", 2, True)
 
