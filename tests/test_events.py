@@ -10,30 +10,11 @@ import pytest
 
 from asyncguard import events
 from asyncguard.events import Advice, BlockedLine, BlockReport, InFlight, SourceLine, Victim
-
-LINE = SourceLine("app/routes.py", 42, "report", "requests.get(url)")
+from tests.reports import LINE, REPORT
 
 
 def report(**changes: Any) -> BlockReport:
-    plain = BlockReport(
-        id=1,
-        started=0.0,
-        duration=0.6124,
-        cause="waiting",
-        line=LINE,
-        exact=True,
-        call="requests.get",
-        innermost="recv_into",
-        request="GET /report/{user}",
-        left_behind=False,
-        starting=False,
-        pieces=1,
-        stack=(LINE,),
-        victims=(),
-        advice=None,
-        thread="MainThread",
-    )
-    return dataclasses.replace(plain, **changes)
+    return dataclasses.replace(REPORT, **changes)
 
 
 def test_the_sentence_says_everything() -> None:

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from asyncguard import Advice, BlockedLine, BlockReport, InFlight, SourceLine, Victim
+from asyncguard import Advice, BlockedLine, InFlight, SourceLine, Victim
 from asyncguard._console import closing, stall
+from tests.reports import LINE
+from tests.reports import REPORT as PLAIN
 
-LINE = SourceLine("app/routes.py", 42, "report", "requests.get(url)")
 ADVICE = Advice(
     "Await a shared asynchronous client instead, such as `httpx.AsyncClient`", "cures/#synchronous-http"
 )
-REPORT = BlockReport(
-    id=1,
-    started=0.0,
-    duration=0.6124,
-    cause="waiting",
-    line=LINE,
-    exact=True,
-    call="requests.get",
-    innermost="recv_into",
-    request="GET /report/{user}",
-    left_behind=False,
-    starting=False,
-    pieces=1,
-    stack=(LINE,),
-    victims=(),
-    advice=ADVICE,
-    thread="MainThread",
-)
+REPORT = replace(PLAIN, advice=ADVICE)
 
 
 def victims(*labels: str) -> tuple[Victim, ...]:
