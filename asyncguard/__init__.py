@@ -9,7 +9,20 @@ Or, without a change to the application: ``asyncguard run main:app``.
 from asyncguard._install import guard, install
 from asyncguard.blocking import BlockingMiddleware, LoopMonitor
 from asyncguard.errors import AppNotLoaded, AsyncguardError
-from asyncguard.events import Advice, BlockedLine, BlockReport, InFlight, SourceLine, Victim
+from asyncguard.events import (
+    Advice,
+    BlockedLine,
+    BlockReport,
+    BusyReport,
+    HangReport,
+    InFlight,
+    SourceLine,
+    StackSample,
+    StallHistogram,
+    ThreadStack,
+    Victim,
+    Windows,
+)
 
 __all__ = [
     "Advice",
@@ -18,10 +31,16 @@ __all__ = [
     "BlockReport",
     "BlockedLine",
     "BlockingMiddleware",
+    "BusyReport",
+    "HangReport",
     "InFlight",
     "LoopMonitor",
     "SourceLine",
+    "StackSample",
+    "StallHistogram",
+    "ThreadStack",
     "Victim",
+    "Windows",
     "guard",
     "install",
 ]

@@ -6,9 +6,18 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from asyncguard.events import BlockedLine, BlockReport, InFlight, SourceLine, Victim
+from asyncguard.events import (
+    Advice,
+    BlockedLine,
+    BlockReport,
+    BusyReport,
+    HangReport,
+    InFlight,
+    SourceLine,
+    Victim,
+)
 
-__all__ = ["closing", "stall"]
+__all__ = ["busy", "closing", "hang", "stall"]
 
 _WIDTH = 100
 _MARGIN = " " * 10
@@ -19,18 +28,33 @@ def stall(report: BlockReport) -> str:
     if report.starting:
         place = report.line or "no line of yours"
         return f"start-up {report.duration * 1000:.0f} ms in one piece, which blocked nobody: {place}\n"
-    lines = [f"BLOCKED  {report.headline}"]
-    if report.line is not None:
-        where = "line" if report.exact else "endpoint"
-        lines.append(_field(where, _place(report.line)))
-        if report.line.source:
-            lines.append(_MARGIN + report.line.source)
+    lines = [f"BLOCKED  {report.headline}", *_line("line" if report.exact else "endpoint", report.line)]
     if report.call:
         lines.append(_field("call", report.call))
     lines.append(_field("waited", _suffering(report)))
-    if report.advice is not None:
-        lines.append(_field("cure", f"{report.advice.text} ({report.advice.docs})"))
+    lines += _cure(report.advice)
     return "\n".join(lines) + "\n"
+
+
+def busy(report: BusyReport) -> str:
+    """A request that held the loop in small pieces, as a paragraph."""
+    lines = [f"BUSY     {report.headline}", *_line("awaits", report.line), *_cure(report.advice)]
+    return "\n".join(lines) + "\n"
+
+
+def hang(report: HangReport) -> str:
+    """A stall that goes on, with the stacks of all threads."""
+    return f"HANGING  {report}\n"
+
+
+def _line(name: str, line: SourceLine | None) -> list[str]:
+    if line is None:
+        return []
+    return [_field(name, _place(line)), *([_MARGIN + line.source] if line.source else [])]
+
+
+def _cure(advice: Advice | None) -> list[str]:
+    return [] if advice is None else [_field("cure", f"{advice.text} ({advice.docs})")]
 
 
 def closing(lines: Sequence[BlockedLine], in_flight: Sequence[InFlight]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Literal, TypedDict, Unpack
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from asyncguard._asgi import checked_app
 from asyncguard._options import checked_seconds
 from asyncguard.blocking import SHORTEST_THRESHOLD, BlockingMiddleware, LoopMonitor
-from asyncguard.events import BlockReport
+from asyncguard.events import BlockReport, BusyReport, HangReport
 
 __all__ = ["guard", "install"]
 
@@ -21,7 +21,11 @@ def install(
     app: Starlette,
     *,
     block_threshold: float | None = 0.1,
+    busy_threshold: float | None = 1.0,
+    hang_after: float | None = 10.0,
+    on_hang: Literal["log", "abort"] | Callable[[HangReport], object] = "log",
     on_block: Callable[[BlockReport], object] | None = None,
+    on_busy: Callable[[BusyReport], object] | None = None,
     project_root: str | os.PathLike[str] | None = None,
     log: bool = True,
 ) -> None:
@@ -34,7 +38,14 @@ def install(
         app: The application.
         block_threshold: The shortest stall of the event loop to report, in seconds; `None` switches
             blocking detection off.
+        busy_threshold: For how many seconds a request may hold the loop in pieces that are no stalls by
+            themselves, before that is reported. `None` for any time.
+        hang_after: After how many seconds a stall that goes on is logged, with the stack of every thread.
+            `None` for never.
+        on_hang: What else to do then: ``"log"`` for nothing, ``"abort"`` to end the process, or a function
+            that is called with the `HangReport`.
         on_block: Called with each `BlockReport`, on a thread of its own.
+        on_busy: Called with each `BusyReport`, in the same way.
         project_root: The directory whose files are yours. By default, everything that is neither in
             the standard library nor in a ``site-packages`` folder.
         log: Whether to log to ``asyncguard.blocking``.
@@ -57,18 +68,23 @@ def install(
     build = app.build_middleware_stack
     if isinstance(build, _GuardedStack):
         raise RuntimeError(f"install() was called twice for {app!r}; pass all options in one call")
-    outermost = _blocking(app.router, block_threshold, on_block, project_root, log)
+    outermost = _blocking(
+        app.router,
+        block_threshold,
+        busy_threshold=busy_threshold,
+        hang_after=hang_after,
+        on_hang=on_hang,
+        on_block=on_block,
+        on_busy=on_busy,
+        project_root=project_root,
+        log=log,
+    )
     if outermost is not None:
         app.build_middleware_stack = _GuardedStack(build, outermost)  # type: ignore[method-assign]
 
 
 def guard(
-    app: ASGIApp,
-    *,
-    block_threshold: float | None = 0.1,
-    on_block: Callable[[BlockReport], object] | None = None,
-    project_root: str | os.PathLike[str] | None = None,
-    log: bool = True,
+    app: ASGIApp, *, block_threshold: float | None = 0.1, **options: Unpack[BlockingOptions]
 ) -> ASGIApp:
     """Wrap any ASGI application from outside, without a change to it.
 
@@ -76,10 +92,7 @@ def guard(
         app: The ASGI application.
         block_threshold: The shortest stall of the event loop to report, in seconds; `None` switches
             blocking detection off.
-        on_block: Called with each `BlockReport`, on a thread of its own.
-        project_root: The directory whose files are yours. By default, everything that is neither in
-            the standard library nor in a ``site-packages`` folder.
-        log: Whether to log to ``asyncguard.blocking``.
+        **options: As for `install`.
 
     Returns:
         The guarded ASGI application; `app` itself if every guard is off.
@@ -89,30 +102,31 @@ def guard(
         ValueError: If an option is out of range.
     """
     checked_app(app, called_by="guard()")
-    return _blocking(app, block_threshold, on_block, project_root, log) or app
+    return _blocking(app, block_threshold, **options) or app
+
+
+class BlockingOptions(TypedDict, total=False):
+    """The options of blocking detection, but for the one that switches it off; see `install`."""
+
+    busy_threshold: float | None
+    hang_after: float | None
+    on_hang: Literal["log", "abort"] | Callable[[HangReport], object]
+    on_block: Callable[[BlockReport], object] | None
+    on_busy: Callable[[BusyReport], object] | None
+    project_root: str | os.PathLike[str] | None
+    log: bool
 
 
 def _blocking(
-    app: ASGIApp,
-    threshold: float | None,
-    on_block: Callable[[BlockReport], object] | None,
-    project_root: str | os.PathLike[str] | None,
-    log: bool,
+    app: ASGIApp, threshold: float | None, **options: Unpack[BlockingOptions]
 ) -> BlockingMiddleware | None:
     """The guard against blocking; `None` if it is off. Its options are checked in either case."""
-    options = _Blocking(on_block=on_block, project_root=project_root, log=log)
     if threshold is None:
         LoopMonitor(**options)
         return None
     # Checked here as well, for the sake of the name that the caller knows it by.
     threshold = checked_seconds("block_threshold", threshold, minimum=SHORTEST_THRESHOLD)
     return BlockingMiddleware(app, threshold=threshold, **options)
-
-
-class _Blocking(TypedDict):
-    on_block: Callable[[BlockReport], object] | None
-    project_root: str | os.PathLike[str] | None
-    log: bool
 
 
 class _GuardedStack:

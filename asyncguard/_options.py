@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["checked_directory", "checked_flag", "checked_hook", "checked_seconds"]
+__all__ = ["checked_choice", "checked_directory", "checked_flag", "checked_hook", "checked_seconds"]
 
 
 def checked_seconds(option: str, value: object, *, minimum: float = 0.0) -> float:
@@ -39,6 +39,18 @@ def checked_flag(option: str, value: object) -> bool:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{option} must be True or False, not {value!r}")
+    return value
+
+
+def checked_choice(option: str, value: object, choices: Sequence[str], *, other: str = "") -> object:
+    """One of a few words; `other` says what else would have done, had it been that.
+
+    Raises:
+        ValueError: If `value` is none of them.
+    """
+    if value not in choices:
+        allowed = " or ".join([*map(repr, choices), *([other] if other else [])])
+        raise ValueError(f"{option} must be {allowed}, not {value!r}")
     return value
 
 

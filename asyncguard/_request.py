@@ -8,7 +8,7 @@ tasks and callbacks included, back to the record.
 from __future__ import annotations
 
 import math
-from collections.abc import Coroutine, Mapping, MutableMapping
+from collections.abc import Coroutine, Mapping
 from contextvars import ContextVar
 from typing import Any
 from uuid import UUID
@@ -26,52 +26,51 @@ current_request: ContextVar[RequestRecord | None] = ContextVar("asyncguard.reque
 class RequestRecord:
     """What asyncguard knows of one request: HTTP or websocket.
 
+    One is made for every request, so what most requests never change is kept in the class.
+
     Attributes:
-        connection: What tells its connection from others, where one carries only one request at a time
-            (HTTP/1); `None` elsewhere.
         started: When the request reached the outermost guard, on asyncguard's monotonic clock.
         loop_time: Seconds for which its coroutine has held the loop so far.
         released: When its coroutine last gave the loop back; minus infinity before it first did.
         finished_at: When the request ended; plus infinity before that.
         coroutine: The application's coroutine, while the request is in flight.
+        receive: What the server gave for receiving, while the request is in flight.
+        arrived: When its data reached this machine, where that was asked for and is known.
+        turn_since: When its turn on the loop began, while it has one.
+        busy_at: From which `loop_time` on its turns are to be added up; plus infinity for never.
     """
 
-    __slots__ = (
-        "_endpoint",
-        "_label",
-        "_scope",
-        "connection",
-        "coroutine",
-        "finished_at",
-        "loop_time",
-        "released",
-        "started",
-    )
+    loop_time: float = 0.0
+    released: float = -math.inf
+    finished_at: float = math.inf
+    coroutine: Coroutine[Any, Any, Any] | None = None
+    turn_since: float = 0.0
+    arrived: float | None = None
 
-    def __init__(self, scope: MutableMapping[str, Any], started: float) -> None:
-        self._scope: MutableMapping[str, Any] | None = scope
-        self._label: tuple[str, str, str, Mapping[str, Any], str] | None = None
-        self._endpoint: object = None
-        self.connection: object = _connection(scope)
+    _scope: Mapping[str, Any]
+
+    def __init__(
+        self,
+        scope: Mapping[str, Any],
+        started: float,
+        *,
+        receive: object = None,
+        busy_at: float = math.inf,
+    ) -> None:
+        self._scope = scope
         self.started: float = started
-        self.released: float = -math.inf
-        self.finished_at: float = math.inf
-        self.loop_time: float = 0.0
-        self.coroutine: Coroutine[Any, Any, Any] | None = None
+        self.receive: object = receive
+        self.busy_at: float = busy_at
 
     def finish(self) -> None:
         """Let go of the scope and the coroutine, keeping only what names the request.
 
-        The scope holds this record: without this, every request would leave a cycle to the garbage
-        collector.
+        A task that runs on holds this record; it must not keep alive all that the scope leads to.
         """
         scope = self._scope
-        if scope is not None:
-            self._label = _label_parts(scope)
-            self._endpoint = scope.get("endpoint")
-            self._scope = None
+        self._scope = {name: scope[name] for name in _NAMING if name in scope}
         self.finished_at = _clock.monotonic()
-        self.coroutine = None
+        self.coroutine = self.receive = None
 
     def __deepcopy__(self, memo: object) -> RequestRecord:
         """The same record: a copied scope is still of the same request."""
@@ -80,8 +79,18 @@ class RequestRecord:
     @property
     def endpoint(self) -> object:
         """The function or class that answers the request; `None` before routing."""
-        scope = self._scope
-        return self._endpoint if scope is None else scope.get("endpoint")
+        return self._scope.get("endpoint")
+
+    @property
+    def connection(self) -> object:
+        """What tells its connection from others, where one carries only one request at a time (HTTP/1).
+
+        `None` elsewhere.
+        """
+        client = self._scope.get("client")
+        # Behind a proxy, servers put the user's address here, and 0 for the port that they do not know.
+        known = client and client[1] and str(self._scope.get("http_version")).startswith("1")
+        return client if known else None
 
     @property
     def label(self) -> str:
@@ -90,37 +99,36 @@ class RequestRecord:
         What a client chose is shown with its unprintable characters escaped, and cut at 200.
         """
         scope = self._scope
-        parts = _label_parts(scope) if scope is not None else self._label
-        assert parts is not None
-        method, path, template, params, root = parts
+        method = "WS" if scope.get("type") == "websocket" else scope.get("method") or ""
+        path = scope.get("path") or ""
+        template = getattr(scope.get("route"), "path", None) or ""
+        # Starlette's Mount moves `root_path` along and keeps the server's own in `app_root_path`.
+        root = (scope.get("app_root_path", scope.get("root_path")) or "").rstrip("/")
         if root and path.startswith(root + "/"):
             path = path[len(root) :]
-        label = f"{method} {full_template(path, template, params) if template else path}"
+        if template:
+            path = full_template(path, template, scope.get("path_params") or {})
+        label = f"{method} {path}"
         return label[:200] if label.isprintable() else _escaped(label[:200])
+
+
+_NAMING = (
+    "app_root_path",
+    "client",
+    "endpoint",
+    "http_version",
+    "method",
+    "path",
+    "path_params",
+    "root_path",
+    "route",
+    "type",
+)
+"""What of a scope is kept when its request has ended."""
 
 
 def _escaped(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def _connection(scope: MutableMapping[str, Any]) -> object:
-    client = scope.get("client")
-    # Behind a proxy, servers put the user's address here, and 0 for the port that they do not know.
-    return client if client and client[1] and str(scope.get("http_version")).startswith("1") else None
-
-
-def _label_parts(
-    scope: MutableMapping[str, Any],
-) -> tuple[str, str, str, Mapping[str, Any], str]:
-    """Method, path, template, parameters and root; the scope may be in any state by then."""
-    return (
-        "WS" if scope.get("type") == "websocket" else scope.get("method") or "",
-        scope.get("path") or "",
-        getattr(scope.get("route"), "path", None) or "",
-        scope.get("path_params") or {},
-        # Starlette's Mount moves `root_path` along and keeps the server's own in `app_root_path`.
-        (scope.get("app_root_path", scope.get("root_path")) or "").rstrip("/"),
-    )
 
 
 def full_template(path: str, template: str, params: Mapping[str, Any]) -> str:

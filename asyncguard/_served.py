@@ -63,6 +63,8 @@ class _Served:
             threshold=settings.threshold,
             project_root=settings.project_root,
             on_block=_show,
+            on_busy=lambda report: _write(_console.busy(report)),
+            on_hang=lambda report: _write(_console.hang(report)),
             log=False,
         )
         self._in_flight: tuple[InFlight, ...] = ()

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-__all__ = ["Advice", "BlockReport", "BlockedLine", "Cause", "InFlight", "SourceLine", "Victim"]
+__all__ = [
+    "Advice",
+    "BlockReport",
+    "BlockedLine",
+    "BusyReport",
+    "Cause",
+    "HangReport",
+    "InFlight",
+    "SourceLine",
+    "StackSample",
+    "StallHistogram",
+    "ThreadStack",
+    "Victim",
+    "Windows",
+]
 
-Cause = Literal["cpu", "waiting", "gc", "unknown"]
-"""Why the loop was blocked: a line computed (`cpu`), or it slept, waited for I/O or for a lock (`waiting`);
-or Python collected garbage (`gc`), which is no line's fault. `unknown` where the system does not tell."""
+Cause = Literal["cpu", "waiting", "gc", "gil", "unknown"]
+"""Why the loop was blocked: a line computed (`cpu`), or it slept, waited for I/O or for a lock (`waiting`).
+Or Python collected garbage (`gc`), which is no line's fault; or a line in another thread kept the global
+interpreter lock (`gil`). `unknown` where the system does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +54,8 @@ class Victim:
 
     Attributes:
         request: The label of the request, such as ``GET /users/{id}``.
-        waited: For how many seconds at most: from the start of the stall, or from its own last turn on
-            the loop, to its next turn.
+        waited: For how many seconds: from when it was due, where that is known, to its next turn on the
+            loop. Otherwise at most: from the start of the stall, or from its own last turn.
     """
 
     request: str
@@ -61,6 +76,19 @@ class Advice:
 
 
 @dataclass(frozen=True, slots=True)
+class StackSample:
+    """What was seen at one place of a stall.
+
+    Attributes:
+        stack: The calls that were running, outermost first.
+        seconds: How much of the stall it stands for.
+    """
+
+    stack: tuple[SourceLine, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class BlockReport:
     """One stall of the event loop: the time in which it could run nothing else.
 
@@ -70,7 +98,7 @@ class BlockReport:
         id: A number that counts up within the process.
         started: When the stall began, in seconds since the epoch.
         duration: How long it lasted, in seconds; measured on the loop's own thread.
-        cause: Why: `cpu`, `waiting`, `gc` or `unknown`.
+        cause: Why: `cpu`, `waiting`, `gc`, `gil` or `unknown`.
         line: The user's line in which most of the stall was spent. `None` if no single line was to
             blame, or if no line of the user's ran.
         exact: Whether `line` was seen running. If not, it is where the endpoint is defined: the time went
@@ -80,12 +108,18 @@ class BlockReport:
         innermost: The innermost function in which the time went (``recv_into``); empty if unknown.
         request: The label of the request that did it (``GET /users/{id}``); `None` for code that
             belongs to no request, or if no single request was to blame.
+        task: The name of the task that did it, as the loop knows it; `None` for plain callbacks, or if no
+            single task was to blame.
         left_behind: Whether that request had ended before: a task that it started runs on.
         starting: Whether the application was starting up, so that no request can have waited for it.
         pieces: How many callbacks shared the stall, as far as seen: 1 for a single long hold.
         stack: The calls from the user's outermost line to the innermost one, outermost first.
+        samples: All that was seen of the stall, the heaviest first: where the time went.
         victims: The requests that had to wait, the longest wait first.
         advice: What to do about it; `None` without a line, and for a start-up, which blocks nobody.
+        held_by: The name of the thread that `line` ran in and that kept the global interpreter lock, if
+            `cause` is `gil`; `None` otherwise.
+        loop: The kind of the loop, such as ``uvloop.Loop`` or ``trio``.
         thread: The name of the loop's thread.
     """
 
@@ -98,12 +132,16 @@ class BlockReport:
     call: str
     innermost: str
     request: str | None
+    task: str | None
     left_behind: bool
     starting: bool
     pieces: int
     stack: tuple[SourceLine, ...]
+    samples: tuple[StackSample, ...]
     victims: tuple[Victim, ...]
     advice: Advice | None
+    held_by: str | None
+    loop: str
     thread: str
 
     def __str__(self) -> str:
@@ -122,6 +160,9 @@ class BlockReport:
         milliseconds = f"{self.duration * 1000:.0f} ms"
         if self.cause == "gc":
             return f"garbage collection blocked the loop for {milliseconds}"
+        if self.cause == "gil":
+            doing = f" in {self.innermost}" if self.innermost else ""
+            return f"thread {self.held_by} kept the loop from the GIL for {milliseconds}{doing}"
         doing = {"cpu": "computing", "waiting": "waiting", "unknown": "busy"}[self.cause]
         if self.innermost:
             doing += f" in {self.innermost}"
@@ -144,6 +185,120 @@ class BlockReport:
         if len(self.victims) == 1:
             return f"1 request waited up to {longest}"
         return f"{len(self.victims)} requests waited, the longest up to {longest}"
+
+
+@dataclass(frozen=True, slots=True)
+class BusyReport:
+    """A request that held the loop for long in pieces too small to be stalls.
+
+    `str(report)` is the sentence that the log shows.
+
+    Attributes:
+        id: A number that counts up within the process.
+        noticed: When that was found, in seconds since the epoch: at the end of the request, or of the
+            window in which a longer one did so.
+        request: The label of the request, such as ``GET /users/{id}``.
+        loop_time: For how many seconds it held the loop in that window, stalls of its own left out.
+        window: The length of the window in seconds.
+        turns: In how many pieces, as far as counted: the first half of the threshold is not.
+        longest: The longest of these pieces, in seconds.
+        line: The user's line at which it gave the loop back after most of that time.
+        advice: What to do about it.
+    """
+
+    id: int
+    noticed: float
+    request: str
+    loop_time: float
+    window: float
+    turns: int
+    longest: float
+    line: SourceLine | None
+    advice: Advice
+
+    def __str__(self) -> str:
+        place = f", giving it back at {self.line}" if self.line else ""
+        return f"{self.headline}{place}. {self.advice.text} ({self.advice.docs})"
+
+    @property
+    def headline(self) -> str:
+        """Which request held the loop, and for how long, without the place."""
+        return (
+            f"{self.request} held the loop for {self.loop_time:.2f} s of {self.window:.2f} s, "
+            f"in pieces of up to {self.longest * 1000:.0f} ms"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadStack:
+    """What one thread was doing.
+
+    Attributes:
+        name: The name of the thread.
+        stack: Its calls, outermost first.
+    """
+
+    name: str
+    stack: tuple[SourceLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HangReport:
+    """A stall that has lasted too long and still does.
+
+    `str(report)` is what the log shows: one sentence, and the stack of every thread.
+
+    Attributes:
+        seconds: How long it has lasted so far.
+        request: The label of the request whose code holds the loop; `None` if none does.
+        threads: What every thread is doing, the loop's first.
+    """
+
+    seconds: float
+    request: str | None
+    threads: tuple[ThreadStack, ...]
+
+    def __str__(self) -> str:
+        who = self.request or "code outside any request"
+        lines = [f"the loop has been blocked for {self.seconds:.1f} s by {who}, and still is"]
+        for stack, names in _shared_stacks(self.threads):
+            lines.append(f"  thread {names}, innermost call last:")
+            lines += [f"    {line}" for line in stack or ("no Python code",)]
+        return "\n".join(lines)
+
+
+def _shared_stacks(threads: tuple[ThreadStack, ...]) -> list[tuple[tuple[SourceLine, ...], str]]:
+    """Each stack once, with the names of all threads that stand there: a pool's idle ones are many."""
+    names: dict[tuple[SourceLine, ...], list[str]] = {}
+    for thread in threads:
+        names.setdefault(thread.stack, []).append(thread.name)
+    return [
+        (stack, found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more")
+        for stack, found in names.items()
+    ]
+
+
+class Windows(NamedTuple):
+    """A figure over the last 1, 10 and 60 seconds; over as many as there were, right after the start."""
+
+    last_1s: float
+    last_10s: float
+    last_60s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StallHistogram:
+    """How many stalls there were of which length.
+
+    Attributes:
+        bounds: The upper bounds of the classes in seconds, each included; the last class has none.
+        counts: How many stalls each class has: one number more than there are bounds.
+        total: The seconds of all stalls together.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
 
 
 @dataclass(frozen=True, slots=True)

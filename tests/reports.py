@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncguard.events import BlockReport, SourceLine
+from asyncguard.events import BlockReport, SourceLine, StackSample
 
 __all__ = ["LINE", "REPORT"]
 
@@ -17,11 +17,15 @@ REPORT = BlockReport(
     call="requests.get",
     innermost="recv_into",
     request="GET /report/{user}",
+    task="Task-7",
     left_behind=False,
     starting=False,
     pieces=1,
     stack=(LINE,),
+    samples=(StackSample((LINE,), 0.6124),),
     victims=(),
     advice=None,
+    held_by=None,
+    loop="uvloop.Loop",
     thread="MainThread",
 )

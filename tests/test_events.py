@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 
 from asyncguard import events
-from asyncguard.events import Advice, BlockedLine, BlockReport, InFlight, SourceLine, Victim
+from asyncguard.events import (
+    Advice,
+    BlockedLine,
+    BlockReport,
+    BusyReport,
+    HangReport,
+    InFlight,
+    SourceLine,
+    StackSample,
+    StallHistogram,
+    ThreadStack,
+    Victim,
+    Windows,
+)
 from tests.reports import LINE, REPORT
 
 
@@ -50,6 +63,14 @@ def test_the_sentence_says_everything() -> None:
         ({"cause": "unknown"}, "GET /report/{user} blocked the loop for 612 ms (busy in recv_into)"),
         ({"cause": "gc", "request": None}, "garbage collection blocked the loop for 612 ms"),
         (
+            {"cause": "gil", "request": None, "held_by": "worker"},
+            "thread worker kept the loop from the GIL for 612 ms in recv_into",
+        ),
+        (
+            {"cause": "gil", "request": None, "held_by": "worker", "innermost": ""},
+            "thread worker kept the loop from the GIL for 612 ms",
+        ),
+        (
             {"left_behind": True},
             "a task left behind by GET /report/{user} blocked the loop for 612 ms (waiting in recv_into)",
         ),
@@ -81,6 +102,58 @@ def test_suffering(victims: tuple[Victim, ...], expected: str) -> None:
     assert report(victims=victims).suffering == expected
 
 
+BUSY = BusyReport(
+    id=1,
+    noticed=0.0,
+    request="GET /feed",
+    loop_time=1.256,
+    window=4.5,
+    turns=30,
+    longest=0.0496,
+    line=LINE,
+    advice=Advice("Rest", "cures/#rest"),
+)
+
+
+def test_the_sentence_of_a_busy_request() -> None:
+    assert str(BUSY) == (
+        "GET /feed held the loop for 1.26 s of 4.50 s, in pieces of up to 50 ms, "
+        "giving it back at app/routes.py:42 in report: requests.get(url). Rest (cures/#rest)"
+    )
+    assert str(dataclasses.replace(BUSY, line=None)) == (
+        "GET /feed held the loop for 1.26 s of 4.50 s, in pieces of up to 50 ms. Rest (cures/#rest)"
+    )
+
+
+HANG = HangReport(
+    seconds=10.04,
+    request="GET /report/{user}",
+    threads=(
+        ThreadStack("MainThread", (SourceLine("app/main.py", 7, "serve"), LINE)),
+        ThreadStack("pool_0", (SourceLine("queue.py", 3, "get"),)),
+        ThreadStack("native", ()),
+        ThreadStack("pool_1", (SourceLine("queue.py", 3, "get"),)),
+        ThreadStack("pool_2", (SourceLine("queue.py", 3, "get"),)),
+    ),
+)
+
+
+def test_the_text_of_a_hang() -> None:
+    """Every stack once, the loop's first: a pool's idle threads all stand at the same place."""
+    assert str(HANG).splitlines() == [
+        "the loop has been blocked for 10.0 s by GET /report/{user}, and still is",
+        "  thread MainThread, innermost call last:",
+        "    app/main.py:7 in serve",
+        "    app/routes.py:42 in report: requests.get(url)",
+        "  thread pool_0 and 2 more, innermost call last:",
+        "    queue.py:3 in get",
+        "  thread native, innermost call last:",
+        "    no Python code",
+    ]
+    nobodys = dataclasses.replace(HANG, request=None, threads=())
+    assert str(nobodys) == "the loop has been blocked for 10.0 s by code outside any request, and still is"
+
+
 def test_a_source_line_without_its_text() -> None:
     assert str(SourceLine("<string>", 3, "f")) == "<string>:3 in f"
 
@@ -91,6 +164,11 @@ def test_a_source_line_without_its_text() -> None:
         report(),
         LINE,
         Victim("GET /a", 1.0),
+        BUSY,
+        HANG,
+        StackSample((LINE,), 0.5),
+        StallHistogram((0.1,), (1, 2), 3.0),
+        ThreadStack("MainThread", (LINE,)),
         Advice("Rest", "cures/#rest"),
         InFlight("GET /a", 1.0, LINE),
         BlockedLine(LINE, "f", ("GET /a",), 1, 1.0, 1.0, 0, None),
@@ -106,4 +184,5 @@ def test_events_are_values(event: Any) -> None:
 
 def test_all_events_are_public() -> None:
     classes = {name for name, value in vars(events).items() if dataclasses.is_dataclass(value)}
-    assert classes == set(events.__all__) - {"Cause"}
+    assert classes == set(events.__all__) - {"Cause", "Windows"}
+    assert issubclass(Windows, tuple)

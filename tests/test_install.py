@@ -30,11 +30,20 @@ async def coroutine_function(report: BlockReport) -> None: ...
 BAD_OPTIONS = [
     ("block_threshold", "0.1", TypeError, "a number of seconds"),
     ("block_threshold", True, TypeError, "a number of seconds"),
-    ("block_threshold", 0, ValueError, "at least 0.005"),
-    ("block_threshold", -1, ValueError, "at least 0.005"),
-    ("block_threshold", 0.0049, ValueError, "at least 0.005"),
+    ("block_threshold", 0, ValueError, "at least 0.001"),
+    ("block_threshold", -1, ValueError, "at least 0.001"),
+    ("block_threshold", 0.00099, ValueError, "at least 0.001"),
     ("block_threshold", math.inf, ValueError, "finite"),
     ("block_threshold", math.nan, ValueError, "finite"),
+    ("busy_threshold", "1", TypeError, "a number of seconds"),
+    ("busy_threshold", 0, ValueError, "greater than 0"),
+    ("hang_after", True, TypeError, "a number of seconds"),
+    ("hang_after", -1.0, ValueError, "greater than 0"),
+    ("on_hang", "restart", ValueError, "'log' or 'abort'"),
+    ("on_hang", coroutine_function, TypeError, "a plain function"),
+    ("on_hang", None, ValueError, "'log' or 'abort'"),
+    ("on_busy", 7, TypeError, "a function that takes one event, or None"),
+    ("on_busy", coroutine_function, TypeError, "a plain function"),
     ("on_block", "print", TypeError, "a function that takes one event, or None"),
     ("on_block", coroutine_function, TypeError, "a plain function"),
     ("project_root", 1, TypeError, "the path of a directory, or None"),
@@ -63,7 +72,7 @@ def test_bad_options(option: str, value: Any, error: type[Exception], allowed: s
     asyncguard.install(app)
 
 
-@pytest.mark.parametrize("value", [0.005, 1])
+@pytest.mark.parametrize("value", [0.001, 1])
 def test_thresholds_that_will_do(value: float) -> None:
     guarded = asyncguard.guard(application, block_threshold=value)
     assert isinstance(guarded, BlockingMiddleware)
@@ -242,6 +251,27 @@ def test_every_option_arrives(tmp_path: Path) -> None:
     assert not report.exact
     assert report.line is not None
     assert report.line.function.endswith("block")
+
+
+@pytest.mark.parametrize("put", [asyncguard.guard, asyncguard.install], ids=["guard", "install"])
+def test_the_other_options_arrive(put: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[LoopMonitor] = []
+    remember = LoopMonitor.__init__
+
+    def made_with(monitor: LoopMonitor, **options: Any) -> None:
+        remember(monitor, **options)
+        made.append(monitor)
+
+    monkeypatch.setattr(LoopMonitor, "__init__", made_with)
+    put(Starlette(), busy_threshold=0.5, hang_after=7, on_hang="abort")
+    put(Starlette(), busy_threshold=None, hang_after=None, on_hang=print)
+    put(Starlette())
+    listeners = [monitor._listener for monitor in made]
+    assert [(each.busy_threshold, each.hang_after, each.aborts) for each in listeners] == [
+        (0.5, 7.0, True),
+        (math.inf, math.inf, False),
+        (1.0, 10.0, False),
+    ]
 
 
 def test_public_names() -> None:

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncguard._options import checked_directory, checked_flag, checked_hook, checked_seconds
+from asyncguard._options import (
+    checked_choice,
+    checked_directory,
+    checked_flag,
+    checked_hook,
+    checked_seconds,
+)
 
 
 @pytest.mark.parametrize("value", [0.005, 1, 30.0])
@@ -70,6 +76,18 @@ def test_flag_must_be_a_bool(value: object) -> None:
     with pytest.raises(TypeError) as caught:
         checked_flag("log", value)
     assert str(caught.value) == f"log must be True or False, not {value!r}"
+
+
+@pytest.mark.parametrize("value", ["log", "abort"])
+def test_choice(value: str) -> None:
+    assert checked_choice("on_hang", value, ("log", "abort")) == value
+
+
+@pytest.mark.parametrize("value", ["LOG", "", "lo", None, 1, ["log"]])
+def test_choice_must_be_one_of_the_words(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^on_hang must be 'log' or 'abort', not ") as caught:
+        checked_choice("on_hang", value, ("log", "abort"))
+    assert str(caught.value).endswith(repr(value))
 
 
 class Callable_:  # noqa: N801

@@ -283,6 +283,56 @@ def test_a_scope_that_lacks_everything(scope: dict[str, Any]) -> None:
     assert RequestRecord(scope, 0).label == " "
 
 
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({}, True),
+        ({"http_version": "1.0"}, True),
+        ({"http_version": "2"}, False),  # many at once on one connection
+        ({"http_version": None}, False),
+        ({"client": None}, False),
+        ({"client": ("192.0.2.1", 0)}, False),  # as behind a proxy
+    ],
+)
+def test_the_connection_of_a_request(changes: dict[str, Any], known: bool) -> None:
+    client = ("192.0.2.1", 5001)
+    scope = {"type": "http", "path": "/", "client": client, "http_version": "1.1"} | changes
+    record = RequestRecord(scope, 0)
+    assert record.connection == (client if known else None)
+    record.finish()
+    assert record.connection == (client if known else None)
+
+
+def test_of_a_finished_request_only_what_names_it_is_kept() -> None:
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/proxied/v1/users/7",
+        "root_path": "/proxied/v1",
+        "app_root_path": "/proxied",
+        "route": Route("/users/{user}", endpoint),
+        "path_params": {"user": "7"},
+        "headers": [(b"authorization", b"secret")],
+        "state": {},
+    }
+    record = RequestRecord(scope, 0)
+    label = record.label
+    assert label == "GET /v1/users/{user}"
+    record.finish()
+    assert record.label == label
+    assert set(record._scope) == set(scope) - {"headers", "state"}
+    record.finish()
+    assert record.label == label
+
+
+def test_most_of_a_record_is_kept_in_its_class() -> None:
+    """One is made for every request."""
+    record = RequestRecord({}, 3.0)
+    assert set(vars(record)) == {"_scope", "started", "receive", "busy_at"}
+    assert (record.loop_time, record.turn_since, record.coroutine) == (0.0, 0.0, None)
+    assert (record.released, record.finished_at, record.busy_at) == (-math.inf, math.inf, math.inf)
+
+
 def test_a_copied_scope_is_of_the_same_request() -> None:
     scope: dict[str, Any] = {"type": "http", "method": "GET", "path": "/"}
     record = scope["asyncguard.request"] = RequestRecord(scope, 0)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from asyncguard.events import Advice, Cause
 
-__all__ = ["advice_for"]
+__all__ = ["BUSY_ADVICE", "advice_for"]
 
 _PAGE = "cures/#"
 
@@ -141,6 +141,16 @@ _COLLECTING = _Cure(
     "Call `gc.freeze()` at the end of the start-up, so that what lives on is not looked at again",
     (),
 )
+_GIL = _Cure(
+    "threads-that-compute",
+    "Compute in a worker process, not in a thread: `await anyio.to_process.run_sync(...)`",
+    (),
+)
+_BUSY = _Cure(
+    "busy-requests",
+    "Do the work of all its pieces at once in a worker process: `await anyio.to_process.run_sync(...)`",
+    (),
+)
 _FAN_OUT = _Cure(
     "unbounded-fan-out",
     "The request starts too many tasks at once: bound them, for instance with `anyio.CapacityLimiter`",
@@ -169,6 +179,8 @@ def advice_for(names: Sequence[str], cause: Cause, *, fan_out: bool) -> Advice:
     """
     if cause == "gc":
         return _advice(_COLLECTING)
+    if cause == "gil":
+        return _advice(_GIL)
     if fan_out:
         return _advice(_FAN_OUT)
     for name in names:
@@ -184,3 +196,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _advice(cure: _Cure) -> Advice:
     return Advice(cure.text, _PAGE + cure.anchor)
+
+
+BUSY_ADVICE = _advice(_BUSY)
+"""For a request that holds the loop for long in small pieces."""

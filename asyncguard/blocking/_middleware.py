@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import os
+import sys
 from collections.abc import Callable, Coroutine
+from types import CoroutineType
+from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,9 +15,19 @@ from asyncguard import _clock
 from asyncguard._request import SCOPE_KEY, RequestRecord, current_request
 from asyncguard.blocking._monitor import LoopMonitor
 from asyncguard.blocking._steps import drive
-from asyncguard.events import BlockReport
+from asyncguard.blocking._watch import LoopWatch
+from asyncguard.events import BlockReport, BusyReport, HangReport
 
 __all__ = ["BlockingMiddleware"]
+
+
+def _references_to_local() -> int:
+    thing = object()
+    return sys.getrefcount(thing)
+
+
+_ALONE = _references_to_local()
+"""How many references there are to what only a local variable refers to, as this Python counts them."""
 
 
 class BlockingMiddleware:
@@ -29,13 +42,14 @@ class BlockingMiddleware:
 
     Args:
         app: The ASGI application to guard.
-        threshold: The shortest stall to report, in seconds; at least 0.005.
-        on_block: Called with each `BlockReport`, on a thread of its own, soon after the stall. Its
-            exceptions are logged once and never reach a request.
-        project_root: The directory whose files are yours. By default, everything that is neither in
-            the standard library nor in a ``site-packages`` folder.
-        log: Whether to log to ``asyncguard.blocking``: each line's first stall at once, then at most
-            one record a minute.
+        threshold: The shortest stall to report, in seconds; this and all others as for `LoopMonitor`.
+        busy_threshold: For how many seconds a request may hold the loop in small pieces.
+        hang_after: After how many seconds a stall that goes on is logged.
+        on_hang: ``"log"``, ``"abort"``, or a function that is called with the `HangReport`.
+        on_block: Called with each `BlockReport`. Its exceptions never reach a request.
+        on_busy: Called with each `BusyReport`, in the same way.
+        project_root: The directory whose files are yours.
+        log: Whether to log to ``asyncguard.blocking``.
 
     Attributes:
         monitor: The `LoopMonitor` that does the watching.
@@ -50,27 +64,71 @@ class BlockingMiddleware:
         app: ASGIApp,
         *,
         threshold: float = 0.1,
+        busy_threshold: float | None = 1.0,
+        hang_after: float | None = 10.0,
+        on_hang: Literal["log", "abort"] | Callable[[HangReport], object] = "log",
         on_block: Callable[[BlockReport], object] | None = None,
+        on_busy: Callable[[BusyReport], object] | None = None,
         project_root: str | os.PathLike[str] | None = None,
         log: bool = True,
     ) -> None:
         if not callable(app):
             raise TypeError(f"BlockingMiddleware takes an ASGI application, not {app!r}")
         self.app: ASGIApp = app
+        self._watch: LoopWatch | None = None
         self.monitor: LoopMonitor = LoopMonitor(
-            threshold=threshold, on_block=on_block, project_root=project_root, log=log
+            threshold=threshold,
+            busy_threshold=busy_threshold,
+            hang_after=hang_after,
+            on_hang=on_hang,
+            on_block=on_block,
+            on_busy=on_busy,
+            project_root=project_root,
+            log=log,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or SCOPE_KEY in scope:
+            await self._pass_on(scope, receive, send)
+            return
+        watch, loop = self._watch, asyncio._get_running_loop()
+        if watch is None or loop is None or watch.loop() is not loop:
+            watch = self._watch = self.monitor._watch()
+        if watch.resting:
+            watch.probe.end_rest()
+        record = RequestRecord(scope, _clock.monotonic(), receive=receive, busy_at=watch.busy_after)
+        scope[SCOPE_KEY] = record
+        token = current_request.set(record)
+        watch.in_flight.add(record)
+        try:
+            running = self.app(scope, receive, send)
+            if type(running) is CoroutineType or isinstance(running, Coroutine):
+                record.coroutine = running
+                await drive(running, record, watch)
+            else:
+                await running
+        finally:
+            watch.in_flight.discard(record)
+            if watch.busy:
+                watch.end_busy(record)
+            # The scope holds the record and the record the scope, until here.
+            scope.pop(SCOPE_KEY, None)
+            # The server may close us in another context than it began us in.
+            try:  # noqa: SIM105 - an object less for each request
+                current_request.reset(token)
+            except ValueError:
+                pass
+            # Hardly ever has a request left anything behind that could ask for it.
+            if sys.getrefcount(record) > _ALONE:
+                record.finish()
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._watch_lifespan(scope, receive, send)
-        elif SCOPE_KEY in scope:
+            return
+        if SCOPE_KEY in scope:
             self.monitor._watch()
-            await self.app(scope, receive, send)
-        elif scope["type"] in ("http", "websocket"):
-            await self._watch_request(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+        await self.app(scope, receive, send)
 
     async def _watch_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_after_reports(message: Message) -> None:
@@ -88,24 +146,3 @@ class BlockingMiddleware:
         finally:
             watch.starting_until = float("-inf")
             self.monitor._leave(watch)
-
-    async def _watch_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = self.monitor._watch()
-        record = RequestRecord(scope, _clock.monotonic())
-        scope[SCOPE_KEY] = record
-        token = current_request.set(record)
-        watch.in_flight.add(record)
-        try:
-            running = self.app(scope, receive, send)
-            if isinstance(running, Coroutine):
-                record.coroutine = running
-                await drive(running, record, watch)
-            else:
-                await running
-        finally:
-            watch.in_flight.discard(record)
-            record.finish()
-            scope.pop(SCOPE_KEY, None)
-            # The server may close us in another context than it began us in.
-            with contextlib.suppress(ValueError):
-                current_request.reset(token)

@@ -22,16 +22,20 @@ from asyncguard.blocking._source import (
     resolved_name,
     source_line,
 )
-from asyncguard.blocking._stall import Sample, Stall
+from asyncguard.blocking._stall import Aftermath, Sample, Stall
 from asyncguard.blocking._vitals import kept_waking
-from asyncguard.events import BlockReport, Cause, SourceLine, Victim
+from asyncguard.events import BlockReport, Cause, SourceLine, StackSample, Victim
 
-__all__ = ["Excuse", "awaited_line", "compose", "excuse"]
+__all__ = ["Excuse", "awaited_line", "compose", "compose_gil", "excuse"]
 
 Excuse = Literal["starved", "suspended", "gil", "unexplained"]
 """Why nobody is blamed for a stall: the cores were busy with other processes, this process was stopped,
 other threads had the global interpreter lock, or there was nothing to be seen of it, neither a line nor
 a request."""
+
+_ARRIVED_AFTER = 0.005
+"""Linux counts the time since a connection's last data in ticks, of 4 ms at most. What seems to have arrived
+this shortly before the end of a stall may have arrived after it."""
 
 _numbers = itertools.count(1)
 Key = TypeVar("Key", bound=Hashable)
@@ -49,14 +53,14 @@ def excuse(stall: Stall, threshold: float) -> Excuse | None:
         return "starved"
     if spent.cpu is not None and spent.cpu < duration / 4:
         # A call in C that waits without giving the GIL up keeps the watchdog from its look as well, but
-        # not from waking.
-        asleep = not kept_waking(spent.watchdog_turns, spent.overslept)
-        if duration - spent.overslept < threshold and asleep:
+        # not from waking. Yet it may have woken often before a stop, when it waited for a busy loop's GIL.
+        stopped = spent.resting_turns > 0 or not kept_waking(spent.watchdog_turns, spent.overslept)
+        if duration - spent.overslept < threshold and stopped:
             return "suspended"
         others = spent.process_cpu - spent.cpu
         if others >= duration / 2 and kept_waking(spent.turns, duration):
             return "gil"
-    if not stall.long_turns and not any(sample.frames for sample in stall.samples):
+    if stall.turn is None and not any(sample.frames for sample in stall.samples):
         return "unexplained"
     return None
 
@@ -80,6 +84,7 @@ def compose(stall: Stall, threshold: float, project_root: str | None) -> BlockRe
         record = _record(stall, sights)
     inside = _inside(sights)
     pieces = len({sight.sample.callback for sight in sights}) or 1
+    task = _majority((sight.sample.task, sight.weight) for sight in sights)
     line = call = innermost = None
     stack: tuple[SourceLine, ...] = ()
     names: list[str] = []
@@ -109,14 +114,58 @@ def compose(stall: Stall, threshold: float, project_root: str | None) -> BlockRe
         call=call or "",
         innermost=innermost or "",
         request=record.label if record is not None else None,
-        left_behind=record is not None and record.finished_at < stall.start,
+        task=task,
+        left_behind=record is not None and _had_ended(record, stall),
         starting=stall.starting,
         pieces=pieces,
         stack=stack,
+        samples=_stack_samples(sights),
         victims=_victims(stall, record),
         advice=advice_for(names, cause, fan_out=record is not None and _is_fan_out(pieces, sights))
         if (line is not None or cause == "gc") and not stall.starting
         else None,
+        held_by=None,
+        loop=stall.loop,
+        thread=stall.thread,
+    )
+
+
+def compose_gil(stall: Stall, project_root: str | None) -> BlockReport | None:
+    """Make the report of a stall in which another thread had the GIL; `None` if no line of it was seen."""
+    if not stall.others:
+        return None
+    name = stall.others[-1][0].name
+    looks = [other for others in stall.others for other in others if other.name == name and other.frames]
+    sights = [
+        _Sight.of(Sample(stall.end, look.frames, None, 0), stall.duration / len(looks), project_root)
+        for look in looks
+    ]
+    # It may have been seen at rest as well, when it was done.
+    inside = _inside([sight for sight in sights if sight.user is not None])
+    if not inside:
+        return None
+    place = inside[0]
+    names = _names_called(place)
+    return BlockReport(
+        id=next(_numbers),
+        started=stall.wall_end - stall.duration,
+        duration=stall.duration,
+        cause="gil",
+        line=source_line(place.frame.code, place.line),
+        exact=True,
+        call=call_text(place.frame) or (names[0] if names else ""),
+        innermost=_short(names[-1] if names else function_name(place.frame)),
+        request=None,
+        task=None,
+        left_behind=False,
+        starting=stall.starting,
+        pieces=1,
+        stack=_stack(place, project_root),
+        samples=_stack_samples(sights),
+        victims=_victims(stall, None),
+        advice=None if stall.starting else advice_for(names, "gil", fan_out=False),
+        held_by=name,
+        loop=stall.loop,
         thread=stall.thread,
     )
 
@@ -195,18 +244,24 @@ def _line(frame: RawFrame) -> int:
 
 def _record(stall: Stall, sights: Sequence[_Sight]) -> RequestRecord | None:
     """The request that had more than half of the stall."""
-    longest = max(stall.long_turns, key=lambda turn: turn.until - turn.since, default=None)
-    if longest is not None and longest.until - longest.since > stall.duration / 2:
-        return longest.record
-    record = _majority((sight.sample.record, sight.weight) for sight in sights)
+    turn = stall.turn
+    if turn is not None and turn.until - turn.since > stall.duration / 2:
+        return turn.record
+    weighed = [(sight.sample.record, sight.weight) for sight in sights]
+    record = _majority(weighed)
     if record is not None:
         return record
     # Several requests of one route, one after the other: any of them stands for the route.
-    turns = [(turn.record, turn.until - turn.since) for turn in stall.long_turns]
-    route = _majority((record.label, held) for record, held in turns)
-    return max(
-        (turn for turn in turns if turn[0].label == route), key=lambda turn: turn[1], default=(None, 0)
-    )[0]
+    route = _majority((record and record.label, weight) for record, weight in weighed)
+    return next((record for record, _ in weighed if record is not None and record.label == route), None)
+
+
+def _had_ended(record: RequestRecord, stall: Stall) -> bool:
+    """Whether the request had ended before its code was seen; the start may be but an estimate."""
+    if stall.turn is not None and stall.turn.record is record:
+        return False
+    seen = (sample.at for sample in stall.samples if sample.record is record)
+    return record.finished_at < min(seen, default=stall.start)
 
 
 def _inside(sights: Sequence[_Sight]) -> list[_Sight]:
@@ -262,6 +317,19 @@ def _called_by(frame: RawFrame) -> str:
     return resolved_name(frame, text) if text else ""
 
 
+def _stack_samples(sights: Sequence[_Sight]) -> tuple[StackSample, ...]:
+    """All that was seen, equal stacks together, the heaviest first."""
+    totals = _totals(
+        (tuple((frame.code, _line(frame)) for frame in reversed(sight.sample.frames)), sight.weight)
+        for sight in sights
+        if sight.sample.frames
+    )
+    return tuple(
+        StackSample(tuple(itertools.starmap(source_line, stack)), seconds)
+        for stack, seconds in sorted(totals.items(), key=lambda item: -item[1])
+    )
+
+
 def _stack(place: _Sight, project_root: str | None) -> tuple[SourceLine, ...]:
     """From the user's outermost line to the innermost frame, outermost first."""
     frames = itertools.dropwhile(
@@ -292,14 +360,26 @@ def awaited_line(record: RequestRecord, project_root: str | None) -> SourceLine 
 def _victims(stall: Stall, culprit: RequestRecord | None) -> tuple[Victim, ...]:
     waits: dict[RequestRecord, float] = {}
     connections = {culprit.connection} if culprit is not None else set[object]()
-    for record, since, resumed in stall.aftermath.waits:
-        if record is culprit or record in waits:
+    settled = {culprit}
+    for record, since, resumed, round_ in stall.aftermath.waits:
+        if record in settled or resumed < stall.end:
             continue
+        if round_ > stall.round + Aftermath.ROUNDS:
+            break
+        settled.add(record)
+        new = since == -math.inf
+        if new and record.arrived is not None:
+            since = record.arrived
+            new = False
+            if stall.end - since < _ARRIVED_AFTER:
+                continue
         # Whose connection was busy until then has sent this request only now, and did not wait.
-        if since == -math.inf and record.connection is not None and record.connection in connections:
+        if new and record.connection is not None and record.connection in connections:
             continue
         connections.add(record.connection)
-        waits[record] = resumed - max(since, stall.start)
+        due = stall.aftermath.due.get(record, -math.inf)
+        if max(since, due) < stall.end:
+            waits[record] = resumed - max(since, stall.start, due)
     return tuple(
         Victim(record.label, wait)
         for record, wait in sorted(waits.items(), key=lambda item: -item[1])

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from asyncguard.blocking._stall import Stall
+from asyncguard import _clock
 
 __all__ = ["Reporter"]
 
@@ -19,59 +19,76 @@ logger = logging.getLogger("asyncguard.blocking")
 
 
 class Reporter:
-    """Hands stalls to listeners, one after the other, on a thread that starts with the first of them.
+    """Makes calls, one after the other, on a thread that starts with the first of them.
 
-    What comes in faster than listeners take it is dropped beyond `MOST_WAITING`: a service that stalls
+    What comes in faster than it can be handled is dropped beyond `MOST_WAITING`: a service that stalls
     hundreds of times a second gains nothing from a longer list.
 
     Args:
         name: The name of its thread.
+        each_minute: Called on the thread once a minute.
 
     Attributes:
-        at_exit: Whether the process is ending: no thread can be started then, so that what comes is handed
-            over at once if none is running.
+        at_exit: Whether the process is ending: no thread can be started then, so that what comes is handled
+            at once if none is running.
     """
 
     MOST_WAITING = 1000
+    MINUTE = 60.0
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, each_minute: Callable[[], object]) -> None:
         self._name = name
-        self._queue: queue.SimpleQueue[tuple[Callable[[Stall], None], Stall] | threading.Event | None]
-        self._queue = queue.SimpleQueue()
+        self._each_minute = each_minute
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.at_exit: bool = False
+        self._starting = threading.Lock()
         self._finished = False
         self._ended = threading.Event()
 
-    def put(self, listener: Callable[[Stall], None], stall: Stall) -> None:
-        """Have `listener` called with `stall` soon; never waits.
+    def put(self, call: Callable[[], object]) -> bool:
+        """Have `call` made soon; never waits.
+
+        Returns:
+            `False` if it was dropped, since too many are waiting.
 
         Raises:
             RuntimeError: If the system has no thread to give.
         """
         if self._thread is None:
             if self.at_exit:
-                self._hand_over(listener, stall)
-                return
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            thread.start()
-            self._thread = thread
-        if self._queue.qsize() < self.MOST_WAITING:
-            self._queue.put((listener, stall))
+                self._make(call)
+                return True
+            with self._starting:  # the loop's thread and the watchdog may both be the first
+                if self._thread is None:
+                    thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    thread.start()
+                    self._thread = thread
+                self._queue.put(call)
+            return True
+        if self._queue.qsize() >= self.MOST_WAITING:
+            return False
+        self._queue.put(call)
+        return True
+
+    @property
+    def running(self) -> bool:
+        """Whether there has been anything to do so far."""
+        return self._thread is not None
 
     def flush(self) -> threading.Event:
-        """What is set once all that was put before has been handed over."""
+        """What is set once all calls that were put before have been made."""
         if self._finished:
             return self._ended
         done = threading.Event()
         if self._thread is None:
             done.set()
         else:
-            self._queue.put(done)
+            self._queue.put(done.set)
         return done
 
     def finish(self) -> None:
-        """End the thread once it has handed over what was put before."""
+        """End the thread once it has made the calls that were put before."""
         self._finished = True
         if self._thread is None:
             self._ended.set()
@@ -79,16 +96,25 @@ class Reporter:
             self._queue.put(None)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
+        next_minute = _clock.monotonic() + self.MINUTE
+        while True:
+            left = next_minute - _clock.monotonic()
+            if left <= 0:
+                self._make(self._each_minute)
+                next_minute += self.MINUTE
                 continue
-            self._hand_over(*item)
-            del item  # hold no request while waiting for the next stall
+            try:
+                call = self._queue.get(timeout=left)
+            except queue.Empty:
+                continue
+            if call is None:
+                break
+            self._make(call)
+            del call  # hold no request while waiting for the next one
         self._ended.set()
 
-    def _hand_over(self, listener: Callable[[Stall], None], stall: Stall) -> None:
+    def _make(self, call: Callable[[], object]) -> None:
         try:
-            listener(stall)
+            call()
         except Exception:
             logger.exception("a stall could not be reported")

@@ -34,11 +34,11 @@ def drive(
     while True:
         # An application may call another guarded one in the same turn: the turn is then its own
         # again when the inner one is done.
-        outer, outer_since = watch.turn, watch.turn_since
-        since = monotonic()
-        if watch.aftermath is not None:
-            watch.aftermath.note_turn(record, since)
-        watch.turn_since = since
+        outer = watch.turn
+        record.turn_since = since = monotonic()
+        aftermath = watch.aftermath  # asked for once: the watchdog may close it
+        if aftermath is not None:
+            aftermath.note_turn(record, since)
         watch.turn = record
         try:
             if error is None:
@@ -52,14 +52,15 @@ def drive(
         except StopIteration as stop:
             return stop.value
         finally:
-            now = monotonic()
+            record.released = now = monotonic()
             held = now - since
             record.loop_time += held
-            record.released = now
             if held >= watch.threshold:
                 watch.note_long_turn(record, since, now)
+            elif record.loop_time >= record.busy_at:
+                watch.note_busy(record, held, now)
             # Not before: the watchdog forgets what it saw as soon as nothing holds the loop.
-            watch.turn, watch.turn_since = outer, outer_since
+            watch.turn = outer
         try:
             value = yield awaited
         except GeneratorExit:

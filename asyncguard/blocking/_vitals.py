@@ -32,6 +32,7 @@ class Reading(NamedTuple):
         collecting: Seconds that garbage collections on the loop's thread have taken.
         watchdog_turns: How often the watchdog's thread was given a core.
         overslept: Seconds by which the watchdog woke too late, all together.
+        resting_turns: How often the resting thread was given a core, which asks for none.
     """
 
     at: float
@@ -42,6 +43,7 @@ class Reading(NamedTuple):
     collecting: float
     watchdog_turns: int
     overslept: float
+    resting_turns: int = 0
 
     def since(self, before: Reading) -> Reading:
         """What happened from `before` to this reading."""
@@ -54,6 +56,7 @@ class Reading(NamedTuple):
             collecting=self.collecting - before.collecting,
             watchdog_turns=self.watchdog_turns - before.watchdog_turns,
             overslept=self.overslept - before.overslept,
+            resting_turns=self.resting_turns - before.resting_turns,
         )
 
 
@@ -68,6 +71,10 @@ class LoopVitals:
         self._clock = _cpu_clock(self._thread)
         self._loop_stat = _open_schedstat()
         self._watchdog_stat: int | None = None
+        self._resting_stat: int | None = None
+        self._turns_to_rest = 0
+        self._open = threading.Lock()
+        self._open.acquire()
         self._collecting = 0.0
         self._collection_began: float | None = None
         gc.callbacks.append(self._on_collection)
@@ -75,6 +82,17 @@ class LoopVitals:
     def watchdog_is_here(self) -> None:
         """To be called on the watchdog's thread, once."""
         self._watchdog_stat = _open_schedstat()
+
+    def rest(self) -> None:
+        """To be called on a thread with nothing else to do; returns once this object is closed.
+
+        Nothing wakes that thread but a stop of the whole process, and its end: each has every thread
+        stop, or go on, by itself.
+        """
+        stat = _open_schedstat()
+        self._turns_to_rest = _read_schedstat(stat)[1]
+        self._resting_stat = stat
+        self._open.acquire()
 
     def read(self, overslept: float) -> Reading:
         """Take a reading; `overslept` is for the watchdog to tell."""
@@ -88,17 +106,24 @@ class LoopVitals:
             collecting=self._collecting,
             watchdog_turns=_read_schedstat(self._watchdog_stat)[1],
             overslept=overslept,
+            resting_turns=max(0, _read_schedstat(self._resting_stat)[1] - self._turns_to_rest),
         )
+
+    def cpu(self) -> float | None:
+        """Seconds of CPU that the loop's thread has used; read without letting the GIL go."""
+        return _read_clock(self._clock)
 
     def close(self) -> None:
         """Give everything back. A reading that is being taken elsewhere may lack some of its numbers."""
         if self._on_collection in gc.callbacks:
             gc.callbacks.remove(self._on_collection)
-        descriptors = (self._loop_stat, self._watchdog_stat)
-        self._clock = self._loop_stat = self._watchdog_stat = None
+        descriptors = (self._loop_stat, self._watchdog_stat, self._resting_stat)
+        self._clock = self._loop_stat = self._watchdog_stat = self._resting_stat = None
         for descriptor in descriptors:
             if descriptor is not None:
                 os.close(descriptor)
+        if self._open.locked():
+            self._open.release()
 
     def _on_collection(self, phase: str, info: dict[str, int]) -> None:
         if threading.get_ident() != self._thread:

@@ -188,7 +188,9 @@ def test_the_outermost_known_name_decides() -> None:
     assert advice_for(names, "waiting", fan_out=False).docs == "cures/#synchronous-http"
 
 
-@pytest.mark.parametrize(("cause", "anchor"), [("cpu", "computing"), ("waiting", "waiting")])
+@pytest.mark.parametrize(
+    ("cause", "anchor"), [("cpu", "computing"), ("waiting", "waiting"), ("unknown", "waiting")]
+)
 def test_without_a_known_name_the_cause_decides(cause: Any, anchor: str) -> None:
     for names in ([], ["mine.helper"]):
         assert advice_for(names, cause, fan_out=False).docs == f"cures/#{anchor}"
@@ -198,7 +200,23 @@ def test_a_fan_out_comes_first() -> None:
     assert advice_for(["time.sleep"], "waiting", fan_out=True).docs == "cures/#unbounded-fan-out"
 
 
+@pytest.mark.parametrize(("cause", "anchor"), [("gc", "garbage-collection"), ("gil", "threads-that-compute")])
+def test_what_no_line_of_the_loop_did_has_an_advice_of_its_own(cause: Any, anchor: str) -> None:
+    for fan_out in (False, True):
+        assert advice_for(["time.sleep"], cause, fan_out=fan_out).docs == f"cures/#{anchor}"
+
+
+OTHERS = (
+    _advice._COLLECTING,
+    _advice._GIL,
+    _advice._FAN_OUT,
+    _advice._COMPUTING,
+    _advice._WAITING,
+)
+
+
 def test_advice_can_be_acted_on() -> None:
-    for cure in (*_advice._CURES, _advice._FAN_OUT, _advice._COMPUTING, _advice._WAITING):
-        assert cure.text[0].isupper()
-        assert not cure.text.endswith(".")
+    texts = [cure.text for cure in (*_advice._CURES, *OTHERS)] + [_advice.BUSY_ADVICE.text]
+    for text in texts:
+        assert text[0].isupper()
+        assert not text.endswith(".")

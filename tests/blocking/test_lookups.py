@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import dis
 import gc
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
 from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -24,15 +27,28 @@ import uvloop
 from asyncguard._request import RequestRecord, current_request
 from asyncguard.blocking import _lookups
 from asyncguard.blocking._lookups import (
+    CollectorHeld,
     RawFrame,
     RawStack,
     RunningRequest,
+    arrival,
     await_chain,
+    due_timers,
     keep_requests,
+    living_threads,
+    moved_requests,
     position,
+    raw_frames,
     read_stack,
+    ready_requests,
+    request_of_task,
     running_request,
+    thread_cpu,
+    waiting_tasks,
 )
+
+if TYPE_CHECKING:
+    from tests.conftest import TurnedClock
 
 needs_kept_requests = pytest.mark.skipif(
     sys.version_info >= (3, 12), reason="from 3.12 on, tasks tell their context"
@@ -50,6 +66,9 @@ def context_of(record: RequestRecord) -> Context:
     context = copy_context()
     context.run(current_request.set, record)
     return context
+
+
+def not_asked(record: RequestRecord, due: float) -> None: ...
 
 
 def asked_from_a_thread(runner: Any) -> RunningRequest:
@@ -91,6 +110,7 @@ def test_a_callback_runs_below_handle_run_which_holds_its_context() -> None:
         [inner.__code__, callback.__code__]
     ] * 3
     assert len({stack.callback for stack in stacks} - {0}) == 3
+    assert {stack.task for stack in stacks} == {None}
 
 
 def test_a_tasks_step_runs_below_handle_run_too() -> None:
@@ -100,6 +120,9 @@ def test_a_tasks_step_runs_below_handle_run_too() -> None:
         stack = read_stack(sys._getframe(), 0)
         assert stack.record is GREEN
         assert stack.callback
+        task = asyncio.current_task()
+        assert task is not None
+        assert stack.task == task.get_name()
         assert [frame.code.co_name for frame in stack.frames] == ["main"]
 
     run(main, "asyncio")
@@ -122,7 +145,7 @@ def test_between_two_callbacks_nothing_runs() -> None:
         del selector.select
 
     run(main, "asyncio")
-    assert stacks[0] == RawStack((), None, 0)
+    assert stacks[0] == RawStack((), None, 0, None)
 
 
 def test_no_frame_of_a_uvloop_callback_is_left_out() -> None:
@@ -156,7 +179,7 @@ def test_a_deep_stack_is_read_to_its_end() -> None:
 
 
 def test_no_frame_no_stack() -> None:
-    assert read_stack(None, 0) == RawStack((), None, 0)
+    assert read_stack(None, 0) == RawStack((), None, 0, None)
 
 
 def test_a_raw_frame_keeps_no_locals() -> None:
@@ -175,10 +198,12 @@ def test_the_running_tasks_request_is_seen_from_another_thread(kind: str) -> Non
     async def child(expected: RequestRecord | None) -> None:
         await asyncio.sleep(0)
         seen = asked_from_a_thread(asyncio.get_running_loop())
-        assert seen == RunningRequest(id(asyncio.current_task()), expected)
+        task = asyncio.current_task()
+        assert task is not None
+        assert seen == RunningRequest(id(task), expected, task.get_name())
 
     async def main() -> None:
-        remove = keep_requests(asyncio.get_running_loop())
+        remove = keep_requests(asyncio.get_running_loop(), not_asked)
         try:
             nobodys = asyncio.create_task(child(None))
             current_request.set(RED)
@@ -204,17 +229,17 @@ def test_a_plain_callback_is_no_task(kind: str) -> None:
         await asyncio.sleep(0)
 
     run(main, kind)
-    assert seen == [RunningRequest(0, None)]
+    assert seen == [RunningRequest(0, None, None)]
 
 
 def test_a_trio_task_has_its_context() -> None:
     async def main() -> None:
         current_request.set(RED)
         task = trio.lowlevel.current_task()
-        assert asked_from_a_thread(task) == RunningRequest(id(task), RED)
+        assert asked_from_a_thread(task) == RunningRequest(id(task), RED, task.name)
 
     trio.run(main)
-    assert running_request(None) == RunningRequest(0, None)
+    assert running_request(None) == RunningRequest(0, None, None)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Task.get_context is of 3.12")
@@ -223,7 +248,7 @@ def test_a_task_tells_its_own_context(kind: str) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         factory = loop.get_task_factory()
-        remove = keep_requests(loop)
+        remove = keep_requests(loop, not_asked)
         assert loop.get_task_factory() is factory
         remove()
         assert loop.get_task_factory() is factory
@@ -241,7 +266,7 @@ def test_kept_requests_leave_task_making_as_it_is(kind: str) -> None:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        remove = keep_requests(loop)
+        remove = keep_requests(loop, not_asked)
         task = loop.create_task(child(), name="named", context=context_of(RED))
         assert type(task) is asyncio.Task
         assert task.get_name() == "named"
@@ -269,9 +294,9 @@ def test_an_existing_task_factory_is_used_and_put_back(kind: str) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         loop.set_task_factory(factory)
-        remove = keep_requests(loop)
+        remove = keep_requests(loop, not_asked)
         task = loop.create_task(child(), context=context_of(RED))
-        assert await task == RunningRequest(id(task), RED)
+        assert await task == RunningRequest(id(task), RED, task.get_name())
         assert made == [task]
         remove()
         assert loop.get_task_factory() is factory
@@ -286,7 +311,7 @@ def test_a_task_factory_set_later_stays() -> None:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        remove = keep_requests(loop)
+        remove = keep_requests(loop, not_asked)
         loop.set_task_factory(later)
         remove()
         assert loop.get_task_factory() is later
@@ -299,7 +324,7 @@ def test_kept_requests_keep_neither_task_nor_loop_alive() -> None:
     async def child() -> None: ...
 
     async def main() -> Callable[[], None]:
-        remove = keep_requests(asyncio.get_running_loop())
+        remove = keep_requests(asyncio.get_running_loop(), not_asked)
         gc.collect()  # earlier tests' tasks must not go while this one counts
         before = len(_lookups._requests)
         current_request.set(RED)
@@ -315,6 +340,359 @@ def test_kept_requests_keep_neither_task_nor_loop_alive() -> None:
     gc.collect()
     assert loop() is None
     remove()
+
+
+# -- who is about to run -----------------------------------------------------------------------------
+
+
+async def one_step() -> None:
+    await asyncio.sleep(0)
+
+
+def test_tasks_that_are_about_to_run() -> None:
+    """asyncio's own loops; `_ready` is private."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(lambda: None, context=context_of(GREEN))  # a callback is no task's step
+        tasks = [loop.create_task(one_step(), context=context_of(record)) for record in (RED, BLUE)]
+        nobodys = loop.create_task(one_step(), context=Context())
+        assert list(ready_requests(loop)) == [RED, BLUE]
+        await asyncio.gather(nobodys, *tasks)
+        assert list(ready_requests(loop)) == []
+
+    run(main, "asyncio")
+
+
+def test_uvloop_does_not_tell_who_is_about_to_run() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(one_step(), context=context_of(RED))
+        assert list(ready_requests(loop)) == []
+        await task
+
+    run(main, "uvloop")
+    assert list(ready_requests(None)) == []
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_tasks_that_have_moved_since(kind: str) -> None:
+    """Told by the future that each waits for; `_fut_waiter` is private."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        remove = keep_requests(loop, not_asked)
+        first, second, never = loop.create_future(), loop.create_future(), loop.create_future()
+
+        async def wait_twice() -> None:
+            await first
+            await second
+
+        async def wait() -> None:
+            await never
+
+        moving = [
+            loop.create_task(wait_twice(), context=context)
+            for context in (context_of(RED), context_of(RED), Context())
+        ]
+        still = loop.create_task(wait(), context=context_of(BLUE))
+        await asyncio.sleep(0)
+        waiting = waiting_tasks(loop)
+        assert {*moving, still} <= set(waiting)
+        assert (waiting[moving[0]], waiting[still]) == (first, never)
+        assert list(moved_requests(waiting)) == []
+        first.set_result(None)
+        await asyncio.sleep(0)
+        assert list(moved_requests(waiting)) == [RED, RED]
+        assert still in waiting
+        # Taken out, they are not told of again.
+        second.set_result(None)
+        await asyncio.gather(*moving)
+        assert list(moved_requests(waiting)) == []
+        still.cancel()
+        await asyncio.wait([still])
+        assert list(moved_requests(waiting)) == [BLUE]
+        remove()
+
+    run(main, kind)
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_the_request_of_a_task(kind: str) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        remove = keep_requests(loop, not_asked)
+        task = loop.create_task(one_step(), context=context_of(RED))
+        nobodys = loop.create_task(one_step(), context=Context())
+        assert request_of_task(task) is RED
+        assert request_of_task(nobodys) is None
+        await asyncio.gather(task, nobodys)
+        remove()
+
+    run(main, kind)
+
+
+# -- timers that are due -----------------------------------------------------------------------------
+
+
+def test_timers_that_should_have_fired() -> None:
+    """asyncio's own loops keep them in a heap, `_scheduled`, which is private."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        handles = [
+            loop.call_at(now + after, lambda: None, context=context)
+            for after, context in (
+                *((100.0 + n, context_of(GREEN)) for n in range(10)),
+                (1.0, context_of(RED)),
+                (4.0, context_of(BLUE)),
+                (2.0, context_of(RED)),
+                (3.0, Context()),
+                (0.5, context_of(GREEN)),
+            )
+        ]
+        assert list(due_timers(loop)) == []
+        handles[-1].cancel()
+        loop.time = lambda: now + 4.0  # type: ignore[method-assign]
+        due = {(record, round(late, 6)) for record, late in due_timers(loop)}
+        loop.time = lambda: now + 200.0  # type: ignore[method-assign]
+        assert len(list(due_timers(loop))) == 13
+        del loop.time
+        assert due == {(RED, 3.0), (RED, 2.0), (BLUE, 0.0)}
+        for handle in handles:
+            handle.cancel()
+
+    run(main, "asyncio")
+
+
+def test_uvloop_does_not_tell_what_is_due() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        handle = loop.call_later(0.0, lambda: None, context=context_of(RED))
+        assert list(due_timers(loop)) == []
+        handle.cancel()
+
+    run(main, "uvloop")
+    assert list(due_timers(None)) == []
+
+
+# -- when data arrived -------------------------------------------------------------------------------
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+
+
+class Transport:
+    """A server's side of a connection, with one socket."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+
+    def get_extra_info(self, name: str) -> Any:
+        return self.sock if name == "socket" else None
+
+
+class Connection:
+    """What holds a connection, as uvicorn's `RequestResponseCycle` does."""
+
+    def __init__(self, transport: Any) -> None:
+        self.transport = transport
+
+    async def receive(self) -> None: ...
+
+
+class ToldInfo:
+    """A socket whose last data came so many milliseconds ago."""
+
+    def __init__(self, milliseconds: int, length: int = 104) -> None:
+        fields = [0] * 26
+        fields[13] = milliseconds  # 8 bytes, then 32 bits each: the state, ..., last_data_sent, last_ack_sent
+        self.info = struct.pack("=26I", *fields)[:length]
+
+    def getsockopt(self, level: int, option: int, length: int) -> bytes:
+        assert (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO)
+        return self.info[:length]
+
+
+async def plain_receive() -> None: ...
+
+
+@on_linux
+def test_the_system_tells_for_how_many_milliseconds_nothing_has_arrived(clock: TurnedClock) -> None:
+    assert arrival(Connection(Transport(ToldInfo(250))).receive) == 999.75
+    assert arrival(Connection(Transport(ToldInfo(0))).receive) == 1000
+
+
+@on_linux
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_when_the_last_data_of_a_real_connection_arrived(kind: str) -> None:
+    """While the loop was held, and nobody read it; `tcpi_last_data_recv` is at another place otherwise."""
+
+    class Protocol(asyncio.Protocol, Connection):
+        def __init__(self) -> None:
+            self.came = asyncio.Event()
+
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+            self.came.set()
+
+        def data_received(self, data: bytes) -> None:
+            self.came.set()
+
+    async def main() -> object:
+        loop = asyncio.get_running_loop()
+        served = Protocol()
+        server = await loop.create_server(lambda: served, "127.0.0.1", 0)
+        with socket.create_connection(server.sockets[0].getsockname()) as client:
+            for _ in range(2):
+                await served.came.wait()
+                served.came.clear()
+                client.sendall(b"x")
+                sent = time.monotonic()
+                time.sleep(0.25)
+                came = arrival(served.receive)
+                assert came is not None
+                assert abs(came - sent) < 0.1
+        served.transport.abort()
+        server.close()
+        await asyncio.sleep(0.01)
+        try:
+            return arrival(served.receive)
+        except Exception as error:
+            return error
+
+    assert run(main, kind) is None  # of a connection that was closed
+
+
+@on_linux
+def test_where_no_data_arrives_by_tcp_nothing_is_known() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"x")
+        assert arrival(Connection(Transport(ours)).receive) is None
+    listening = socket.create_server(("127.0.0.1", 0))
+    closed = Connection(Transport(listening)).receive
+    listening.close()
+    assert arrival(closed) is None
+    assert arrival(Connection(Transport(None)).receive) is None
+    assert arrival(Connection(None).receive) is None
+    assert arrival(plain_receive) is None
+    assert arrival(Transport(None).get_extra_info) is None
+    assert arrival(Connection(object()).receive) is None
+
+
+@on_linux
+def test_an_old_kernel_that_tells_less() -> None:
+    assert arrival(Connection(Transport(ToldInfo(250, length=52))).receive) is None
+
+
+def test_a_system_that_does_not_tell_when_data_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert arrival(Connection(Transport(ToldInfo(250))).receive) is None
+
+
+# -- other threads -----------------------------------------------------------------------------------
+
+
+def test_threads_are_seen_though_their_list_is_locked() -> None:
+    """The one that holds the lock may be the one that hangs; `_active` is private."""
+    with threading._active_limbo_lock:  # type: ignore[attr-defined]
+        living = living_threads()
+    me = threading.current_thread()
+    assert living[threading.get_ident()] == (me.name, me.native_id)
+    assert set(living) == {thread.ident for thread in threading.enumerate()}
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the number of a thread's clock is Linux's")
+
+
+@linux
+def test_what_a_thread_has_used_of_the_cpu() -> None:
+    before = time.thread_time()
+    used: list[float | None] = []
+    native = threading.get_native_id()
+    thread = threading.Thread(target=lambda: used.append(thread_cpu(native)))
+    thread.start()
+    thread.join()
+    assert used[0] is not None
+    assert before <= used[0] <= time.thread_time()
+
+
+@linux
+def test_a_thread_that_has_ended_uses_nothing() -> None:
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    with anyio_deadline() as expired:
+        while thread_cpu(thread.native_id) is not None:  # the system may take a moment longer than Python
+            assert not expired()
+
+
+def test_a_system_that_does_not_tell_what_threads_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert thread_cpu(None) is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert thread_cpu(threading.get_native_id()) is None
+
+
+@pytest.fixture
+def collector_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As up to 3.11, whatever version this is."""
+    monkeypatch.setattr(CollectorHeld, "NEEDED", True)
+
+
+@pytest.mark.usefixtures("collector_needed")
+def test_while_a_stack_is_read_nothing_is_collected() -> None:
+    held = CollectorHeld()
+    for _ in range(2):
+        with held:
+            assert not gc.isenabled()
+        assert gc.isenabled()
+    with pytest.raises(ValueError, match="a look that failed"), held:
+        raise ValueError("a look that failed")
+    assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("collector_needed")
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with CollectorHeld():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("collector_needed")
+def test_a_forked_child_lets_the_collector_run_again() -> None:
+    held = CollectorHeld()
+    held.__enter__()
+    held.release()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        held.release()  # it holds nothing any more
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="up to 3.11 any allocation may begin a collection")
+def test_where_collections_do_no_harm_they_go_on() -> None:
+    with CollectorHeld():
+        assert gc.isenabled()
+
+
+def test_a_whole_stack() -> None:
+    frame: FrameType | None = sys._getframe()
+    frames = raw_frames(frame)
+    assert frames[0].code is test_a_whole_stack.__code__
+    count = 0
+    while frame is not None:
+        count += 1
+        frame = frame.f_back
+    assert len(frames) == count
+    assert raw_frames(None) == ()
 
 
 # -- positions ---------------------------------------------------------------------------------------
@@ -380,8 +758,6 @@ class anyio_deadline:  # noqa: N801
     """Ends a busy wait after a time that no machine needs."""
 
     def __enter__(self) -> Callable[[], bool]:
-        import time
-
         end = time.monotonic() + 30
         return lambda: time.monotonic() > end
 

@@ -17,10 +17,11 @@ import anyio.lowlevel
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from asyncguard import BlockingMiddleware, BlockReport
+from asyncguard import BlockingMiddleware, BlockReport, BusyReport
 from asyncguard._request import RequestRecord, current_request
-from asyncguard.blocking import _monitor
+from asyncguard.blocking import _monitor, _stall
 from asyncguard.blocking._probes import running_loop
+from asyncguard.blocking._stall import Aftermath
 
 if TYPE_CHECKING:
     from tests.conftest import TurnedClock
@@ -533,3 +534,139 @@ async def test_two_guarded_applications_on_one_loop() -> None:
     await second.monitor.stop()
     assert len(short) == 2
     assert long == []
+
+
+# -- requests in small pieces ------------------------------------------------------------------------
+
+
+async def test_a_request_that_holds_the_loop_in_small_pieces(
+    clock: TurnedClock, marked: Callable[[str], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    busy: list[BusyReport] = []
+    stalls: list[BlockReport] = []
+
+    async def pieces() -> None:
+        for _ in range(20):
+            clock.turn(0.0625)
+            await anyio.lowlevel.checkpoint()  # gives back
+
+    async def few() -> None:
+        for _ in range(15):
+            clock.turn(0.0625)
+            await anyio.lowlevel.checkpoint()
+
+    middleware = BlockingMiddleware(
+        app_of(pieces=pieces, few=few), threshold=1000, on_block=stalls.append, on_busy=busy.append
+    )
+    await middleware(http("/pieces"), receive, send)
+    await middleware(http("/few"), receive, send)
+    await middleware.monitor.stop()
+    (report,) = busy
+    assert (report.request, report.loop_time, report.window) == ("GET /pieces", 1.25, 1.25)
+    assert report.longest == 0.0625
+    assert 0 < report.turns <= 20
+    assert report.line is not None
+    assert report.line.line == marked("gives back")
+    assert stalls == []
+    assert [record.getMessage() for record in caplog.records] == [str(report)]
+
+
+async def test_without_a_busy_threshold_pieces_are_nobodys_business(clock: TurnedClock) -> None:
+    busy: list[BusyReport] = []
+
+    async def pieces() -> None:
+        for _ in range(200):
+            clock.turn(0.0625)
+            await anyio.lowlevel.checkpoint()
+
+    middleware = BlockingMiddleware(
+        app_of(pieces=pieces), threshold=1000, busy_threshold=None, on_busy=busy.append, log=False
+    )
+    await middleware(http("/pieces"), receive, send)
+    await middleware.monitor.stop()
+    assert busy == []
+
+
+# -- what is kept, and when --------------------------------------------------------------------------
+
+
+async def test_a_record_that_somebody_still_refers_to_is_finished(clock: TurnedClock) -> None:
+    """A task that runs on asks whether its request has ended."""
+    records: list[RequestRecord] = []
+
+    async def keep() -> None:
+        record = current_request.get()
+        assert record is not None
+        assert record.coroutine is not None
+        records.append(record)
+        clock.turn(1)
+
+    middleware = BlockingMiddleware(app_of(keep=keep), threshold=1000, log=False)
+    scope = http("/keep", state={})
+    await middleware(scope, receive, send)
+    (record,) = records
+    assert (record.finished_at, record.coroutine, record.label) == (clock.now, None, "GET /keep")
+    assert record._scope is not scope
+    assert "state" not in record._scope
+    await middleware.monitor.stop()
+
+
+async def test_a_record_that_nobody_refers_to_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That costs a request more than it may."""
+    finished: list[RequestRecord] = []
+    monkeypatch.setattr(RequestRecord, "finish", finished.append)
+
+    async def work() -> None:
+        await anyio.lowlevel.checkpoint()
+
+    middleware = BlockingMiddleware(app_of(work=work), log=False)
+    await middleware(http("/work"), receive, send)
+    assert finished == []
+    await middleware.monitor.stop()
+
+
+async def test_a_request_ends_the_rest_of_the_loops_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def work() -> None:
+        asked.append("request")
+
+    middleware = BlockingMiddleware(app_of(work=work), log=False)
+    await middleware(http("/work"), receive, send)
+    watch = _monitor._watches[running_loop()]
+    with monkeypatch.context() as patched:
+        patched.setattr(watch, "resting", True)
+        patched.setattr(watch.probe, "end_rest", lambda: asked.append("end of the rest"))
+        await middleware(http("/work"), receive, send)
+    await middleware(http("/work"), receive, send)
+    assert asked == ["request", "end of the rest", "request", "request"]
+    await middleware.monitor.stop()
+
+
+async def test_only_right_after_a_stall_it_is_asked_when_a_request_arrived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is a system call: most requests must not pay for it."""
+    asked: list[object] = []
+    found: list[float | None] = []
+
+    def arrival(receive: object) -> float:
+        asked.append(receive)
+        return 12.5
+
+    async def work() -> None:
+        record = current_request.get()
+        assert record is not None
+        found.append(record.arrived)
+
+    monkeypatch.setattr(_stall, "arrival", arrival)
+    middleware = BlockingMiddleware(app_of(work=work), threshold=1000, log=False)
+    await middleware(http("/work"), receive, send)
+    watch = _monitor._watches[running_loop()]
+    watch.aftermath = Aftermath()
+    await middleware(http("/work"), receive, send)
+    watch.aftermath = None
+    await middleware(http("/work"), receive, send)
+    assert asked == [receive]
+    assert found == [None, 12.5, None]
+    await middleware.monitor.stop()

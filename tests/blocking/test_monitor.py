@@ -1,10 +1,9 @@
-"""The monitor on real loops, and what it makes of the stalls that it is told of."""
+"""The monitor on real loops: what it reports of them, and what it tells when asked."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import subprocess
 import sys
@@ -23,12 +22,13 @@ import pytest
 import uvloop
 
 import asyncguard
-from asyncguard import BlockReport, LoopMonitor
+from asyncguard import BlockReport, LoopMonitor, Windows
 from asyncguard._request import RequestRecord
 from asyncguard.blocking import _monitor
-from asyncguard.blocking._ledger import Ledger
-from asyncguard.blocking._stall import Stall
-from asyncguard.events import Advice, SourceLine, Victim
+from asyncguard.blocking._probes import running_loop
+from asyncguard.blocking._reporter import Reporter
+from asyncguard.blocking._watch import LoopWatch
+from asyncguard.blocking._watchdog import Watchdog
 
 if TYPE_CHECKING:
     from tests.conftest import TurnedClock
@@ -75,6 +75,31 @@ async def test_a_stall_is_reported_with_its_line(marked: Callable[[str], int]) -
     assert report.advice.docs == "cures/#sleep"
     assert report.thread == threading.current_thread().name
     assert [(entry.line, entry.count) for entry in monitor.lines] == [(report.line, 1)]
+
+
+@pytest.mark.anyio
+async def test_a_stall_in_the_very_first_iteration(
+    monkeypatch: pytest.MonkeyPatch, marked: Callable[[str], int]
+) -> None:
+    """The watchdog may have looked before there was anything to look at: it must not rest for that."""
+    looked = threading.Event()
+    is_alive, start = LoopWatch.is_alive, Watchdog.start
+
+    def is_alive_after_a_look(watch: LoopWatch) -> bool:
+        looked.set()
+        return is_alive(watch)
+
+    def start_and_wait(watchdog: Watchdog, name: str) -> None:
+        start(watchdog, name)
+        assert looked.wait(30)
+
+    monkeypatch.setattr(LoopWatch, "is_alive", is_alive_after_a_look)
+    monkeypatch.setattr(Watchdog, "start", start_and_wait)
+    reports: list[BlockReport] = []
+    async with LoopMonitor(threshold=0.05, on_block=reports.append, log=False) as monitor:
+        block_for(0.15)
+        await anyio.sleep(0.01)
+    assert [report.line and report.line.line for report in reports] == [marked("sleep")], monitor.excused
 
 
 @pytest.mark.anyio
@@ -132,6 +157,39 @@ async def test_stopped_in_the_middle_of_a_stall() -> None:
 
 
 @pytest.mark.anyio
+async def test_stopped_while_other_callbacks_hold_the_loop(marked: Callable[[str], int]) -> None:
+    """Of one iteration, what was before the stop is told; what comes after it is not, nor what is later."""
+    reports: list[BlockReport] = []
+    heard: list[threading.Event] = []
+    stopped: list[float] = []
+    loop = running_loop()
+    soon = loop.call_soon if isinstance(loop, asyncio.AbstractEventLoop) else loop.run_sync_soon
+
+    def block() -> None:
+        time.sleep(0.15)  # before and after the stop
+
+    def stop() -> None:
+        stopped.append(time.time())
+        heard.append(monitor._leave(watch))
+
+    monitor = LoopMonitor(threshold=0.05, on_block=reports.append, log=False)
+    watch = monitor._watch()
+    await anyio.sleep(0.02)
+    for callback in (block, stop, block):
+        soon(callback)
+    await anyio.sleep(0.02)
+    block()
+    await anyio.sleep(0.02)
+    await anyio.to_thread.run_sync(eventually, heard[0].is_set)
+    (report,) = reports
+    assert report.line is not None
+    assert report.line.line == marked("before and after the stop")
+    assert report.duration > 0.1
+    assert report.started + report.duration < stopped[0] + 0.1
+    assert not watch.active
+
+
+@pytest.mark.anyio
 async def test_two_monitors_on_one_loop() -> None:
     short: list[BlockReport] = []
     long: list[BlockReport] = []
@@ -158,6 +216,26 @@ async def test_stopped_in_the_middle_of_a_stall_while_another_monitor_goes_on() 
         assert len(reports) == 1
         await anyio.sleep(0.01)
     assert len(reports) == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("joins", [True, False])
+async def test_a_monitor_that_comes_or_leaves_in_mid_stall_takes_nothing_from_others(joins: bool) -> None:
+    reports: list[BlockReport] = []
+    other = LoopMonitor(threshold=0.05, log=False)
+    async with LoopMonitor(threshold=0.2, on_block=reports.append, log=False):
+        if not joins:
+            await other.__aenter__()
+        await anyio.sleep(0.05)
+        block_for(0.4)
+        if joins:
+            await other.__aenter__()
+        else:
+            other._leave(other._watch())
+        await anyio.sleep(0.05)
+        await other.stop()
+    assert len(reports) == 1
+    assert reports[0].duration > 0.35
 
 
 @pytest.mark.anyio
@@ -253,6 +331,26 @@ async def test_stopping_takes_no_more_than_two_seconds() -> None:
     free.cancel()
     assert in_time
     await anyio.to_thread.run_sync(done.wait, 30)
+
+
+def test_requests_in_flight_while_another_loop_begins() -> None:
+    """Its watch is entered in the same table, in another thread."""
+    monitor = LoopMonitor()
+    asked, answered = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        asked.set()
+        assert monitor.in_flight == ()
+        answered.set()
+
+    thread = threading.Thread(target=ask)
+    with _monitor._watches_lock:
+        assert monitor.in_flight == ()
+        thread.start()
+        asked.wait()
+        assert not answered.wait(0.05)
+    thread.join()
+    assert answered.is_set()
 
 
 def test_outside_a_loop() -> None:
@@ -451,6 +549,54 @@ def test_between_two_runs_of_a_loop_nobody_holds_it(kind: str) -> None:
     assert len(reports) == 1
 
 
+@pytest.mark.parametrize("kind", LOOPS)
+def test_who_runs_in_the_next_run_of_a_loop_is_no_victim_of_the_last(kind: str) -> None:
+    """As in a test suite whose tests share a loop: the stall that ended one run is nobody else's."""
+    reports: list[BlockReport] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.01)
+        if scope["path"] == "/last":
+            block_for(0.15)
+
+    async def request(path: str) -> None:
+        await guarded({"type": "http", "method": "GET", "path": path}, None, None)  # type: ignore[arg-type]
+
+    guarded = asyncguard.guard(app, block_threshold=0.05, on_block=reports.append, log=False)
+    with asyncio.Runner(loop_factory=LOOPS[kind]) as runner:
+        runner.run(request("/last"))
+        eventually(lambda: reports)  # although nobody runs the loop
+        runner.run(request("/next"))
+    assert [(report.request, report.victims) for report in reports] == [("GET /last", ())]
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_loop_that_is_closed_with_a_request_in_flight_is_not_kept(kind: str) -> None:
+    """The request awaits something of the loop, so whoever keeps the one keeps the other."""
+    before = watch_threads()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def main() -> weakref.ref[asyncio.Task[None]]:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda *arguments: None)  # of the task that is destroyed
+        scope = {"type": "http", "method": "GET", "path": "/"}
+        task = asyncio.ensure_future(guarded(scope, None, None))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        return weakref.ref(task)
+
+    guarded = cast(asyncguard.BlockingMiddleware, asyncguard.guard(app, block_threshold=0.05, log=False))
+    loop = LOOPS[kind]()
+    gone: list[weakref.ref[Any]] = [loop.run_until_complete(main()), weakref.ref(loop)]
+    assert len(guarded.monitor.in_flight) == 1
+    loop.close()
+    del loop
+    eventually(lambda: watch_threads() <= before)
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
 def test_a_threshold_that_is_as_good_as_off() -> None:
     async def main() -> None:
         async with LoopMonitor(threshold=1e12, log=False):
@@ -492,168 +638,139 @@ async def test_a_fork_forgets_the_parents_watches() -> None:
     monitor = LoopMonitor(threshold=0.05, log=False)
     watch = monitor._watch()
     watch.in_flight.add(RequestRecord({"type": "http", "method": "GET", "path": "/"}, 0.0))
-    monitor._ledger._lock.acquire()
+    monitor._listener.ledger._lock.acquire()
+    monitor._listener.ledger._dropping.acquire()
     _monitor._watches_lock.acquire()
     _monitor._forget_watches()
     assert not watch.active
     assert monitor.in_flight == ()
     assert monitor.lines == ()
+    assert monitor.dropped == 0
     assert monitor._watch() is not watch
     await monitor.stop()
     await anyio.to_thread.run_sync(eventually, lambda: watch_threads() <= before)
 
 
-# -- what becomes of a stall -------------------------------------------------------------------------
+# -- what a monitor tells of itself ------------------------------------------------------------------
 
 
-def report(line: int | None = 1, duration: float = 1.0, **changes: Any) -> BlockReport:
-    plain: dict[str, Any] = {
-        "id": 1,
-        "started": 0.0,
-        "duration": duration,
-        "cause": "waiting",
-        "line": None if line is None else SourceLine("app.py", line, "f"),
-        "exact": True,
-        "call": "time.sleep",
-        "innermost": "sleep",
-        "request": "GET /",
-        "left_behind": False,
-        "starting": False,
-        "pieces": 1,
-        "stack": (),
-        "victims": (),
-        "advice": Advice("Rest", "cures/#rest"),
-        "thread": "MainThread",
-    }
-    return BlockReport(**(plain | changes))
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Tells a monitor of a stall that is to become a given report."""
-    monkeypatch.setattr(_monitor, "excuse", lambda stall, threshold: None)
-    monkeypatch.setattr(_monitor, "compose", lambda stall, threshold, project_root: stall)
-
-    def tell(monitor: LoopMonitor, *reports: BlockReport) -> None:
-        for each in reports:
-            monitor._receive(cast(Stall, each))
-
-    return tell
-
-
-def test_each_line_is_counted(told: Callable[..., None]) -> None:
-    monitor = LoopMonitor(log=False)
-    victims = (Victim("GET /v", 1.0), Victim("GET /w", 1.0))
-    told(
-        monitor,
-        report(1, 1.0, request="GET /a", call="small"),
-        report(2, 7.0),
-        report(1, 3.0, request="GET /b", call="big", victims=victims, advice=Advice("Big", "cures/#big")),
-        report(1, 2.0, request="GET /a", call="middle", victims=victims),
-        report(None, 20.0, request=None),
-    )
-    nowhere, two, one = monitor.lines
-    assert (nowhere.line, nowhere.requests, nowhere.total) == (None, (), 20.0)
-    assert (two.count, two.total, two.worst) == (1, 7.0, 7.0)
-    assert one.line == SourceLine("app.py", 1, "f")
-    assert (one.count, one.total, one.worst, one.victims) == (3, 6.0, 3.0, 4)
-    assert one.requests == ("GET /a", "GET /b")
-    assert (one.call, one.advice) == ("big", Advice("Big", "cures/#big"))
-
-
-def test_the_tables_are_bounded(told: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ledger, "MOST_LINES", 3)
-    monitor = LoopMonitor()
-    told(monitor, *(report(line, request=f"GET /{line}") for line in (1, 2, 3, 1, 4, 5)))
-    assert sorted(entry.line.line for entry in monitor.lines if entry.line) == [1, 4, 5]
-    assert len(monitor._ledger._entries) == 3
-    told(monitor, *(report(1, request=f"GET /more/{n}") for n in range(100)))
-    (one,) = [entry for entry in monitor.lines if entry.line and entry.line.line == 1]
-    assert len(one.requests) == 10
-    assert one.requests[0] == "GET /1"
-
-
-def test_the_log_is_grouped(
-    told: Callable[..., None], clock: TurnedClock, caplog: pytest.LogCaptureFixture
-) -> None:
-    monitor = LoopMonitor()
-
-    def logged(*reports: BlockReport) -> list[str]:
-        caplog.clear()
-        told(monitor, *reports)
-        return [record.getMessage() for record in caplog.records]
-
-    assert logged(report(1)) == [str(report(1))]
-    assert logged(report(1), report(1)) == []
-    assert logged(report(2)) == [str(report(2))]
-    clock.turn(59)
-    assert logged(report(1)) == []
-    clock.turn(1)
-    (again,) = logged(report(1, 2.0))
-    assert again.startswith(str(report(1, 2.0)))
-    assert "3 more of this line" in again
-    assert logged(report(1)) == []
-    clock.turn(60)
-    assert "1 more of this line" in logged(report(1))[0]
-    clock.turn(60)
-    assert logged(report(1)) == [str(report(1))]
-
-
-def test_the_log_record(told: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    event = report()
-    told(LoopMonitor(), event)
-    (record,) = caplog.records
-    assert (record.name, record.levelno) == ("asyncguard.blocking", logging.WARNING)
-    assert record.__dict__["asyncguard_report"] is event
-
-
-def test_a_start_up_is_no_warning_and_costs_no_line(
-    told: Callable[..., None], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    events: list[BlockReport] = []
-    monitor = LoopMonitor(on_block=events.append)
-    told(monitor, report(starting=True, advice=None, request=None))
-    assert [record.levelno for record in caplog.records] == [logging.INFO]
-    assert monitor.lines == ()
-    assert len(events) == 1
-
-
-def test_a_log_that_is_switched_off(told: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    told(LoopMonitor(log=False), report())
-    assert caplog.records == []
-
-
-def test_a_broken_hook_keeps_nothing_from_the_log(
-    told: Callable[..., None], caplog: pytest.LogCaptureFixture
-) -> None:
-    calls: list[BlockReport] = []
-
-    def broken(event: BlockReport) -> None:
-        calls.append(event)
-        raise LookupError
-
-    monitor = LoopMonitor(on_block=broken)
-    told(monitor, report(1), report(2))
-    assert len(calls) == 2
-    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING", "WARNING"]
-    assert len(monitor.lines) == 2
-
-
-@pytest.mark.parametrize("reason", ["starved", "suspended", "gil", "unexplained"])
-def test_the_innocent_are_counted_and_not_reported(
-    told: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
-) -> None:
-    monkeypatch.setattr(_monitor, "excuse", lambda stall, threshold: reason)
-    events: list[BlockReport] = []
-    monitor = LoopMonitor(on_block=events.append)
-    told(monitor, report(), report())
-    assert (events, monitor.lines, caplog.records) == ([], (), [])
-    assert monitor.excused[reason] == 2
-    assert sum(monitor.excused.values()) == 2
+def test_of_no_loop_there_is_nothing_to_tell() -> None:
+    monitor = LoopMonitor(threshold=0.25)
+    assert monitor.threshold == 0.25
+    assert monitor.utilisation == monitor.lag == (0, 0, 0)
+    assert monitor.dropped == 0
+    assert sum(monitor.stalls.counts) == 0
+    assert (monitor.lines, monitor.in_flight) == ((), ())
+    assert set(monitor.excused.values()) == {0}
 
 
 def test_what_is_excused_is_a_copy() -> None:
     monitor = LoopMonitor()
     cast(dict[str, int], monitor.excused)["starved"] = 5
     assert set(monitor.excused.values()) == {0}
+
+
+@pytest.mark.anyio
+async def test_how_busy_the_loop_is() -> None:
+    async with LoopMonitor(threshold=0.25, log=False) as monitor:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            await anyio.lowlevel.checkpoint()
+        await anyio.sleep(0.02)
+        busy = monitor.utilisation
+        assert all(0.05 < share <= 1 for share in busy), busy
+        assert all(0 <= late < 0.5 for late in monitor.lag)
+        await anyio.sleep(1.3)
+        idle = monitor.utilisation
+        assert idle.last_1s < busy.last_1s
+        # The longer windows still have it.
+        assert idle.last_1s < idle.last_60s
+    assert monitor.utilisation == (0, 0, 0)
+
+
+@pytest.mark.anyio
+async def test_a_stall_makes_the_loop_late() -> None:
+    async with LoopMonitor(threshold=0.05, log=False) as monitor:
+        await anyio.sleep(0.05)
+        block_for(0.3)
+        await anyio.sleep(0.05)
+        # What became due within the stall, at any moment of it, waited for half of it on average.
+        assert 0.02 < monitor.lag.last_10s < 5
+        assert 0.1 < monitor.utilisation.last_10s <= 1
+    assert sum(monitor.stalls.counts) == 1
+    assert 0.2 < monitor.stalls.total < 5
+
+
+@pytest.mark.asyncio
+async def test_a_hold_counts_while_it_lasts(clock: TurnedClock) -> None:
+    async with LoopMonitor(threshold=1000, log=False) as monitor:
+        await anyio.lowlevel.checkpoint()
+        clock.turn(2.0)
+        assert monitor.utilisation == (1.0, 1.0, 1.0)
+        assert monitor.lag.last_10s == pytest.approx(1.0)
+        await anyio.lowlevel.checkpoint()
+        assert monitor.utilisation.last_10s == pytest.approx(1.0)
+
+
+def test_the_busiest_loop_stands_for_all() -> None:
+    worst = _monitor._worst([Windows(0.1, 0.9, 0.3), Windows(0.4, 0.2, 0.3)])
+    assert worst == Windows(0.4, 0.9, 0.3)
+    assert worst.last_1s == 0.4
+    assert _monitor._worst([]) == Windows(0, 0, 0)
+
+
+@pytest.mark.anyio
+async def test_what_is_dropped_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stall is reported or counted, however slow the hook; each monitor counts its own."""
+    monkeypatch.setattr(Reporter, "MOST_WAITING", 2)
+    busy, go_on = threading.Event(), threading.Event()
+    events: list[BlockReport] = []
+
+    def stuck(event: BlockReport) -> None:
+        busy.set()
+        go_on.wait()
+        events.append(event)
+
+    async with LoopMonitor(threshold=0.05, on_block=stuck, log=False) as monitor:
+        async with LoopMonitor(threshold=60, log=False) as patient:
+            await anyio.sleep(0.01)
+            block_for(0.1)
+            await anyio.to_thread.run_sync(busy.wait)
+            for _ in range(5):
+                block_for(0.1)
+                await anyio.sleep(0.01)
+            dropped = monitor.dropped
+            go_on.set()
+    assert dropped >= 1
+    assert len(events) + sum(monitor.excused.values()) + monitor.dropped >= 6
+    assert patient.dropped == 0
+
+
+@pytest.mark.anyio
+async def test_the_end_of_the_watch_is_the_end_of_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    """What has come since the last summary is summed up then."""
+    async with LoopMonitor(threshold=0.05):
+        for _ in range(3):
+            await anyio.sleep(0.01)
+            block_for(0.15)
+            await anyio.sleep(0.01)
+    first, summary = [record.getMessage() for record in caplog.records]
+    assert "blocked the loop for" in first
+    assert "block_for: time.sleep(seconds)  # sleep blocked the loop 2 more times, for 0." in summary
+
+
+@pytest.mark.anyio
+async def test_a_monitor_that_is_gone_is_told_nothing() -> None:
+    """It is held by nobody but its user; the loop's watch goes on without it."""
+    reports: list[BlockReport] = []
+    async with LoopMonitor(threshold=0.05, log=False) as other:
+        monitor = LoopMonitor(threshold=0.01, on_block=reports.append, log=False)
+        watch = monitor._watch()
+        assert watch.threshold == 0.01
+        del monitor
+        await anyio.sleep(0.01)
+        block_for(0.15)
+        await anyio.sleep(0.01)
+        assert watch.threshold == 0.05
+    assert reports == []
+    assert sum(other.stalls.counts) == 1

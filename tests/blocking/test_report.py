@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from starlette.routing import Router
 from asyncguard._request import RequestRecord
 from asyncguard.blocking import _source
 from asyncguard.blocking._lookups import RawFrame, read_stack
-from asyncguard.blocking._report import awaited_line, compose, excuse
-from asyncguard.blocking._stall import Aftermath, LongTurn, Sample, Stall, Wait
+from asyncguard.blocking._report import awaited_line, compose, compose_gil, excuse
+from asyncguard.blocking._stall import Aftermath, LongTurn, Others, OtherThread, Sample, Stall, Wait
 from asyncguard.blocking._vitals import Reading
 from asyncguard.events import BlockReport
 
@@ -55,8 +55,11 @@ def make_stall(
     *samples: Sample,
     start: float = 100.0,
     end: float = 101.0,
-    long_turns: Sequence[LongTurn] = (),
+    turn: LongTurn | None = None,
+    others: Sequence[Others] = (),
     waits: Sequence[Wait] = (),
+    due: Mapping[RequestRecord, float] | None = None,
+    ended_in_round: int = 0,
     starting: bool = False,
     **spent: Any,
 ) -> Stall:
@@ -65,11 +68,14 @@ def make_stall(
         end=end,
         wall_end=5000.0,
         samples=samples,
-        long_turns=long_turns,
-        aftermath=Aftermath(0, list(waits)),
+        others=others,
+        turn=turn,
+        aftermath=Aftermath(waits=list(waits), due=dict(due or {})),
         spent=reading(**{"at": end - start} | spent),
+        loop="asyncio.UnixSelectorEventLoop",
         thread="MainThread",
         starting=starting,
+        round=ended_in_round,
     )
 
 
@@ -78,7 +84,7 @@ def composed(stall: Stall, project_root: str | None = None) -> BlockReport:
 
 
 def long_turn(record: RequestRecord, since: float = 100.0, until: float = 101.0) -> LongTurn:
-    return LongTurn(record, since, until, reading())
+    return LongTurn(record, since, until)
 
 
 class Project:
@@ -142,8 +148,14 @@ def project(tmp_path: Path) -> Project:
     return project
 
 
-def sample(at: float, frames: Frames, record: RequestRecord | None = None, callback: int = 1) -> Sample:
-    return Sample(at, frames, record, callback)
+def sample(
+    at: float,
+    frames: Frames,
+    record: RequestRecord | None = None,
+    callback: int = 1,
+    task: str | None = None,
+) -> Sample:
+    return Sample(at, frames, record, callback, task)
 
 
 # -- whose line --------------------------------------------------------------------------------------
@@ -274,9 +286,7 @@ def test_the_cause(spent: dict[str, Any], cause: str) -> None:
 def test_a_collection_is_nobodys_fault(project: Project) -> None:
     frames, *_ = project.frames("main", "handler")
     record = request("/unlucky", endpoint)
-    stall = make_stall(
-        sample(100.5, frames, record), long_turns=[long_turn(record)], cpu=1.0, collecting=0.95
-    )
+    stall = make_stall(sample(100.5, frames, record), turn=long_turn(record), cpu=1.0, collecting=0.95)
     report = composed(stall)
     assert (report.cause, report.line, report.request, report.call) == ("gc", None, None, "")
     assert report.advice is not None
@@ -363,7 +373,7 @@ def test_a_middleware_is_not_blamed_for_what_the_framework_does(project: Project
 def test_a_call_that_kept_the_watchdog_from_looking() -> None:
     """No sample, but a long turn: the request is known, and its endpoint stands for the line."""
     record = request("/sort", endpoint)
-    report = composed(make_stall(long_turns=[long_turn(record)], cpu=1.0))
+    report = composed(make_stall(turn=long_turn(record), cpu=1.0))
     assert report.request == "GET /sort"
     assert report.line is not None
     assert report.line.function == "endpoint"
@@ -391,10 +401,10 @@ def test_a_long_turn_outweighs_the_looks(project: Project) -> None:
     """It is timed exactly: a look may have been too late and show what came next."""
     a, b = request("/a"), request("/b")
     frames, *_ = project.frames("main", "handler")
-    stall = make_stall(sample(100.9, frames, b), long_turns=[long_turn(a, 100.0, 100.6)])
+    stall = make_stall(sample(100.9, frames, b), turn=long_turn(a, 100.0, 100.6))
     assert composed(stall).request == "GET /a"
     # Not if it was the smaller part of the stall.
-    stall = make_stall(sample(100.9, frames, b), long_turns=[long_turn(a, 100.0, 100.4)])
+    stall = make_stall(sample(100.9, frames, b), turn=long_turn(a, 100.0, 100.4))
     assert composed(stall).request == "GET /b"
 
 
@@ -428,6 +438,100 @@ def test_one_long_hold_of_a_request_is_no_fan_out(project: Project) -> None:
     assert report.advice.docs != "cures/#unbounded-fan-out"
 
 
+def test_the_task_that_had_most_of_the_time(project: Project) -> None:
+    frames, *_ = project.frames("main", "handler")
+    mine = [sample(100.3, frames, task="Task-2"), sample(100.4, frames, task="Task-1")]
+    report = composed(make_stall(*mine))
+    assert (report.task, report.loop) == ("Task-1", "asyncio.UnixSelectorEventLoop")
+    even = [sample(100.5, frames, task="Task-1"), sample(101.0, frames)]
+    assert composed(make_stall(*even)).task is None
+    assert composed(make_stall()).task is None
+
+
+# -- where the time went -----------------------------------------------------------------------------
+
+
+def test_all_that_was_seen_comes_with_the_report(project: Project) -> None:
+    """Equal stacks together, whole from the framework inwards, and the heaviest first."""
+    first, second, *_ = project.frames("main", "handler")
+    served = project.frames("framework", "serve", project.modules["main"]["other"])[1]
+    looks = [sample(100.25, first), sample(100.5, served), sample(100.75, second), sample(100.875, first)]
+    report = composed(make_stall(*looks, sample(101.0, ())))
+    assert [
+        (tuple((line.function, line.line) for line in seen.stack), seen.seconds) for seen in report.samples
+    ] == [
+        ((("handler", 2), ("get", 2), ("_recv", 5)), 0.375),
+        ((("serve", 3), ("other", 11), ("get", 2), ("_recv", 5)), 0.25),
+        ((("handler", 3), ("get", 2), ("_recv", 5)), 0.25),
+    ]
+    assert report.samples[0].stack[0].source == "first = lib.get('secret')"
+
+
+def test_of_a_collection_nothing_is_shown(project: Project) -> None:
+    frames, *_ = project.frames("main", "handler")
+    assert composed(make_stall(sample(100.5, frames), cpu=1.0, collecting=0.95)).samples == ()
+
+
+# -- another thread that had the GIL -----------------------------------------------------------------
+
+
+def others(*threads: tuple[str, Frames]) -> Others:
+    return tuple(OtherThread(name, frames, 0.5) for name, frames in threads)
+
+
+def test_a_thread_that_kept_the_gil(project: Project) -> None:
+    first, second, *_ = project.frames("main", "handler")
+    victim = request("/victim", released=99.0)
+    looks = [
+        others(("worker", first), ("idle", second)),
+        others(("worker", second)),
+        others(("worker", first)),
+        others(("worker", ())),
+    ]
+    stall = make_stall(others=looks, waits=[Wait(victim, 99.0, 101.5)])
+    report = compose_gil(stall, None)
+    assert report is not None
+    assert (report.cause, report.held_by, report.exact) == ("gil", "worker", True)
+    assert report.line is not None
+    assert (report.line.function, report.line.line) == ("handler", 2)
+    assert (report.call, report.innermost) == ("lib.get", "look")
+    # It is no request's fault: the loop was kept from all of them.
+    assert (report.request, report.task, report.left_behind, report.pieces) == (None, None, False, 1)
+    assert [(seen.stack[0].line, round(seen.seconds, 3)) for seen in report.samples] == [
+        (2, 0.667),
+        (3, 0.333),
+    ]
+    assert [line.function for line in report.stack] == ["handler", "get", "_recv"]
+    assert [(each.request, each.waited) for each in report.victims] == [("GET /victim", 1.5)]
+    assert report.advice is not None
+    assert report.advice.docs == "cures/#threads-that-compute"
+    assert (report.duration, report.started, report.thread) == (1.0, 4999.0, "MainThread")
+    assert report.headline == "thread worker kept the loop from the GIL for 1000 ms in look"
+
+
+def test_the_thread_that_was_seen_last_is_the_one(project: Project) -> None:
+    """Who had the GIL until just now still stands on its line."""
+    first, second, *_ = project.frames("main", "handler")
+    looks = [others(("early", first)), others(("early", first)), others(("late", second), ("early", first))]
+    report = compose_gil(make_stall(others=looks), None)
+    assert report is not None
+    assert report.held_by == "late"
+    assert report.line is not None
+    assert report.line.line == 3
+
+
+def test_a_thread_that_showed_no_line_of_the_users(project: Project) -> None:
+    served, *_ = project.frames("framework", "serve", lambda: None)
+    assert compose_gil(make_stall(), None) is None
+    assert compose_gil(make_stall(others=[others(("worker", ()))]), None) is None
+    assert compose_gil(make_stall(others=[others(("worker", served))]), None) is None
+    frames, *_ = project.frames("main", "handler")
+    report = compose_gil(make_stall(others=[others(("worker", frames))], starting=True), None)
+    assert report is not None
+    assert report.starting
+    assert report.advice is None
+
+
 # -- victims -----------------------------------------------------------------------------------------
 
 
@@ -444,12 +548,108 @@ def test_victims() -> None:
         Wait(new, new.released, 101.75),
         Wait(request("/at-once"), 101.0, 101.0),
     ]
-    report = composed(make_stall(long_turns=[long_turn(culprit)], waits=waits))
+    report = composed(make_stall(turn=long_turn(culprit), waits=waits))
     assert [(victim.request, victim.waited) for victim in report.victims] == [
         ("GET /new", 1.75),
         ("GET /early", 1.5),
         ("GET /late", 0.5),
     ]
+
+
+def test_what_had_long_been_due_by_its_timer_waited_since_then() -> None:
+    """Of others it is only known that they came on after the stall: then its whole length may be too much."""
+    napping, long_due, other = (request(path, released=99.0) for path in ("/napping", "/long-due", "/other"))
+    waits = [Wait(each, each.released, 101.25) for each in (napping, long_due, other)]
+    report = composed(make_stall(waits=waits, due={napping: 100.75, long_due: 99.5}))
+    assert [(victim.request, victim.waited) for victim in report.victims] == [
+        ("GET /long-due", 1.25),  # what it waited for before the stall is not the stall's
+        ("GET /other", 1.25),
+        ("GET /napping", 0.5),
+    ]
+
+
+def test_who_ran_between_two_stalls_of_one_iteration_waited_for_the_first_alone() -> None:
+    """Both have the same aftermath: it begins with what ran before the second was over."""
+    between, after = request("/between", released=99.0), request("/after", released=99.0)
+    waits = [Wait(between, 99.0, 101.0), Wait(after, 99.0, 102.5)]
+    first = composed(make_stall(waits=waits))
+    assert {victim.request for victim in first.victims} == {"GET /between", "GET /after"}
+    second = composed(make_stall(waits=waits, start=101.5, end=102.5))
+    assert [(victim.request, victim.waited) for victim in second.victims] == [("GET /after", 1.0)]
+
+
+def test_who_runs_in_a_later_round_did_not_wait() -> None:
+    """Each stall of an aftermath counts those of so many iterations, from its own end on."""
+    waits = [
+        Wait(request(f"/{round_}", released=99.0), 99.0, 102.0 + round_, round_)
+        for round_ in (0, Aftermath.ROUNDS, Aftermath.ROUNDS + 1, Aftermath.ROUNDS + 2)
+    ]
+    first = composed(make_stall(waits=waits))
+    assert {victim.request for victim in first.victims} == {"GET /0", f"GET /{Aftermath.ROUNDS}"}
+    second = composed(make_stall(waits=waits, ended_in_round=1))
+    assert {victim.request for victim in second.victims} == {
+        "GET /0",
+        f"GET /{Aftermath.ROUNDS}",
+        f"GET /{Aftermath.ROUNDS + 1}",
+    }
+
+
+def test_each_of_two_stalls_in_a_row_had_those_waiting_who_came_on_after_both() -> None:
+    """The first kept them for longer than itself: nothing let them run between the two."""
+    both, second_only = request("/both", released=99.0), request("/second-only", released=101.25)
+    waits = [Wait(both, 99.0, 102.5, 1), Wait(second_only, 101.25, 102.75, 2)]
+    first = composed(make_stall(waits=waits))
+    assert [(victim.request, victim.waited) for victim in first.victims] == [("GET /both", 2.5)]
+    second = composed(make_stall(waits=waits, start=101.5, end=102.5, ended_in_round=1))
+    assert [(victim.request, victim.waited) for victim in second.victims] == [
+        ("GET /second-only", 1.25),
+        ("GET /both", 1.0),
+    ]
+
+
+def arrived(path: str, at: float | None, port: int = 0) -> RequestRecord:
+    record = served_to(port, path)
+    record.arrived = at
+    return record
+
+
+def test_a_newcomer_waited_since_its_data_was_there() -> None:
+    newcomers = [
+        arrived("/before", 99.0),
+        arrived("/during", 100.75),
+        arrived("/too-close-to-tell", 100.996),
+        arrived("/after", 101.125),
+        arrived("/unknown", None),
+    ]
+    waits = [Wait(newcomer, -math.inf, 101.25) for newcomer in newcomers]
+    report = composed(make_stall(waits=waits))
+    assert [(victim.request, victim.waited) for victim in report.victims] == [
+        ("GET /before", 1.25),
+        ("GET /unknown", 1.25),
+        ("GET /during", 0.5),
+    ]
+
+
+def test_a_newcomer_that_is_known_to_have_been_there_waited_whatever_its_connection() -> None:
+    """It was sent before the answer; of another on that connection, that can only be guessed."""
+    culprit = served_to(5001, "/culprit")
+    waits = [
+        Wait(arrived("/sent-on", 100.5, 5001), -math.inf, 101.25),
+        Wait(arrived("/next", 101.01, 5001), -math.inf, 101.25),
+        Wait(arrived("/unknown", None, 5001), -math.inf, 101.25),
+    ]
+    report = composed(make_stall(turn=long_turn(culprit), waits=waits))
+    assert [(victim.request, victim.waited) for victim in report.victims] == [("GET /sent-on", 0.75)]
+
+
+def test_of_a_request_that_had_run_its_arrival_says_nothing() -> None:
+    its = arrived("/", 50.0)
+    report = composed(make_stall(waits=[Wait(its, 100.75, 101.25)]))
+    assert [victim.waited for victim in report.victims] == [0.5]
+    # Nor that of one whose second turn of the aftermath it is.
+    its.arrived = 101.125
+    report = composed(make_stall(waits=[Wait(its, -math.inf, 101.25), Wait(its, 100.0, 101.5)]))
+    assert report.victims == ()
 
 
 def served_to(port: int, path: str, http_version: str = "1.1") -> RequestRecord:
@@ -474,19 +674,28 @@ def test_who_sends_the_next_request_after_the_answer_did_not_wait(
         Wait(served_to(port and 5002, "/first", http_version), -math.inf, 101.2),
         Wait(served_to(port and 5002, "/after-that", http_version), -math.inf, 101.3),
     ]
-    report = composed(make_stall(long_turns=[long_turn(culprit)], waits=waits))
+    report = composed(make_stall(turn=long_turn(culprit), waits=waits))
     assert {victim.request for victim in report.victims} == expected
 
 
-def test_several_requests_of_one_route_in_a_row() -> None:
-    turns = [long_turn(request("/same"), 100 + 0.25 * n, 100.25 + 0.25 * n) for n in range(4)]
-    assert composed(make_stall(long_turns=turns)).request == "GET /same"
-    others = [long_turn(request(f"/{n}"), 100 + 0.25 * n, 100.25 + 0.25 * n) for n in range(4)]
-    assert composed(make_stall(long_turns=others)).request is None
+def test_several_requests_of_one_route_in_a_row(project: Project) -> None:
+    """Each is too short to be a stall by itself: any of them stands for the route."""
+    frames, *_ = project.frames("main", "handler")
+
+    def blamed(*records: RequestRecord | None) -> str | None:
+        samples = [sample(100 + n / 4, frames, each, n) for n, each in enumerate(records, 1)]
+        return composed(make_stall(*samples)).request
+
+    assert blamed(*(request("/same") for _ in range(4))) == "GET /same"
+    assert blamed(*(request("/same") for _ in range(3)), request("/other")) == "GET /same"
+    assert blamed(*(request(f"/{n}") for n in range(4))) is None
+    # Code of nobody's may come first, and have less.
+    assert blamed(None, *(request("/same") for _ in range(3))) == "GET /same"
+    assert blamed(None, None, None, request("/same")) is None
 
 
 def test_the_aftermath_is_bounded() -> None:
-    aftermath = Aftermath(rounds=6)
+    aftermath = Aftermath()
     record = request("/")
     for _ in range(10_100):
         aftermath.note_turn(record, 1.0)
@@ -563,6 +772,9 @@ INTERVAL = sys.getswitchinterval()
         # or it waited without giving the GIL up: then the watchdog woke again and again to ask for it.
         ({"overslept": 0.95, "watchdog_turns": int(0.95 / INTERVAL)}, None),
         ({"overslept": 0.95, "watchdog_turns": 1}, "suspended"),
+        # That may also have been before a stop. But a thread that rests has turns in a stop only.
+        ({"overslept": 0.95, "watchdog_turns": int(0.95 / INTERVAL), "resting_turns": 2}, "suspended"),
+        ({"overslept": 0.8, "watchdog_turns": 1, "resting_turns": 2}, None),
         ({"overslept": 0.95, "cpu": None}, None),
         # Other threads computed, and this one woke again and again to ask for the GIL.
         ({"cpu": 0.1, "process_cpu": 0.9, "turns": int(1 / INTERVAL)}, "gil"),
@@ -579,7 +791,7 @@ def test_a_stall_that_showed_nothing_is_unexplained() -> None:
     assert excuse(make_stall(), 0.1) == "unexplained"
     assert excuse(make_stall(sample(100.5, ())), 0.1) == "unexplained"
     assert excuse(make_stall(sample(100.5, ()), sample(100.6, FRAMES)), 0.1) is None
-    assert excuse(make_stall(long_turns=[long_turn(request("/"))]), 0.1) is None
+    assert excuse(make_stall(turn=long_turn(request("/"))), 0.1) is None
 
 
 @given(st.floats(0.1, 100), st.floats(0, 100), st.floats(0, 100), st.floats(0, 100), st.floats(0, 100))

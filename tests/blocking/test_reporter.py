@@ -1,56 +1,60 @@
-"""Stalls are handed over in order, on a thread of their own, and never at the loop's expense."""
+"""Calls are made in order, on a thread of their own, and never at the loop's expense."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import weakref
-from typing import cast
+from typing import TYPE_CHECKING
 
 import pytest
 
 from asyncguard.blocking._reporter import Reporter
-from asyncguard.blocking._stall import Stall
+
+if TYPE_CHECKING:
+    from tests.conftest import TurnedClock
 
 
-def stall(number: int) -> Stall:
-    return cast(Stall, number)
+def nothing() -> None: ...
+
+
+def make_reporter() -> Reporter:
+    return Reporter("reporter", each_minute=nothing)
 
 
 def test_in_order_on_a_thread_of_its_own() -> None:
-    reporter = Reporter("reporter")
-    seen: list[tuple[object, str, bool]] = []
+    reporter = make_reporter()
+    seen: list[tuple[int, str, bool]] = []
 
-    def listener(stall: Stall) -> None:
+    def call(number: int) -> None:
         thread = threading.current_thread()
-        seen.append((stall, thread.name, thread.daemon))
+        seen.append((number, thread.name, thread.daemon))
 
     for number in range(5):
-        reporter.put(listener, stall(number))
+        reporter.put(functools.partial(call, number))
     reporter.finish()
     assert reporter.flush().wait(30)
     assert seen == [(number, "reporter", True) for number in range(5)]
 
 
-def test_without_a_stall_there_is_no_thread() -> None:
+def test_without_a_call_there_is_no_thread() -> None:
     before = threading.active_count()
-    reporter = Reporter("reporter")
+    reporter = make_reporter()
     assert reporter.flush().is_set()
+    assert not reporter.running
     reporter.finish()
     assert reporter.flush().is_set()
     assert threading.active_count() == before
 
 
 def test_a_flush_waits_for_what_was_put_before() -> None:
-    reporter = Reporter("reporter")
+    reporter = make_reporter()
     go_on = threading.Event()
-
-    def wait(stall: Stall) -> None:
-        go_on.wait()
-
-    reporter.put(wait, stall(0))
+    reporter.put(go_on.wait)
+    assert reporter.running
     flushed = reporter.flush()
-    reporter.put(lambda _: None, stall(1))
+    reporter.put(nothing)
     assert not flushed.wait(0.01)
     go_on.set()
     assert flushed.wait(30)
@@ -60,8 +64,8 @@ def test_a_flush_waits_for_what_was_put_before() -> None:
 
 def test_the_thread_ends() -> None:
     before = set(threading.enumerate())
-    reporter = Reporter("reporter")
-    reporter.put(lambda _: None, stall(0))
+    reporter = make_reporter()
+    reporter.put(nothing)
     (thread,) = set(threading.enumerate()) - before
     reporter.finish()
     thread.join(30)
@@ -69,9 +73,9 @@ def test_the_thread_ends() -> None:
 
 
 def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever puts is told; the next stall tries again."""
-    reporter = Reporter("reporter")
-    seen: list[object] = []
+    """Whoever puts is told; the next call tries again."""
+    reporter = make_reporter()
+    seen: list[int] = []
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -79,24 +83,24 @@ def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError):
-            reporter.put(seen.append, stall(0))
+            reporter.put(lambda: seen.append(0))
     assert reporter.flush().is_set()
-    reporter.put(seen.append, stall(1))
+    reporter.put(lambda: seen.append(1))
     reporter.finish()
     assert reporter.flush().wait(30)
     assert seen == [1]
 
 
-def test_a_listener_that_fails_is_logged_and_the_next_stall_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    reporter = Reporter("reporter")
-    seen: list[object] = []
+def test_a_call_that_fails_is_logged_and_the_next_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    reporter = make_reporter()
+    seen: list[int] = []
 
-    def listener(stall: Stall) -> None:
-        seen.append(stall)
+    def call(number: int) -> None:
+        seen.append(number)
         raise LookupError("no source")
 
     for number in range(2):
-        reporter.put(listener, stall(number))
+        reporter.put(functools.partial(call, number))
     reporter.finish()
     assert reporter.flush().wait(30)
     assert seen == [0, 1]
@@ -105,39 +109,124 @@ def test_a_listener_that_fails_is_logged_and_the_next_stall_goes_on(caplog: pyte
     assert caplog.records[0].levelno == logging.ERROR
 
 
-def test_beyond_the_limit_stalls_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_the_limit_calls_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reporter, "MOST_WAITING", 3)
-    reporter = Reporter("reporter")
+    reporter = make_reporter()
     busy, go_on = threading.Event(), threading.Event()
-    seen: list[object] = []
+    seen: list[int] = []
 
-    def listener(stall: Stall) -> None:
-        seen.append(stall)
+    def call(number: int) -> None:
+        seen.append(number)
         busy.set()
         go_on.wait()
 
-    reporter.put(listener, stall(0))
+    assert reporter.put(functools.partial(call, 0))
     busy.wait()
-    for number in range(1, 100):
-        reporter.put(listener, stall(number))
+    taken = [reporter.put(functools.partial(call, number)) for number in range(1, 100)]
     reporter.finish()
     go_on.set()
     assert reporter.flush().wait(30)
     assert seen == [0, 1, 2, 3]
+    # Whoever puts is told.
+    assert taken == [True] * 3 + [False] * 96
 
 
 def test_nothing_is_held_while_waiting_for_the_next() -> None:
     """A stall leads to its requests: they are let go when it has been reported."""
 
     class Held:
-        pass
+        def tell(self) -> None: ...
 
-    reporter = Reporter("reporter")
+    reporter = make_reporter()
     held = Held()
     gone = weakref.ref(held)
-    reporter.put(lambda _: None, cast(Stall, held))
+    reporter.put(held.tell)
     del held
     assert reporter.flush().wait(30)
     assert gone() is None
     reporter.finish()
     assert reporter.flush().wait(30)
+
+
+# -- once a minute -----------------------------------------------------------------------------------
+
+
+def test_once_a_minute_by_the_clock(clock: TurnedClock) -> None:
+    minutes: list[float] = []
+    reporter = Reporter("reporter", each_minute=lambda: minutes.append(clock.now))
+
+    def turned(seconds: float) -> int:
+        clock.turn(seconds)
+        for _ in range(2):  # the second one is made after the minute's call, if there was one
+            reporter.put(nothing)
+            assert reporter.flush().wait(30)
+        return len(minutes)
+
+    assert turned(0) == 0  # the first call starts the thread, and its first minute
+    assert turned(59) == 0
+    assert turned(1) == 1
+    assert turned(59) == 1
+    assert turned(1) == 2
+    reporter.finish()
+    assert reporter.flush().wait(30)
+
+
+def test_a_minute_passes_though_nothing_is_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reporter, "MINUTE", 0.01)
+    twice = threading.Semaphore(0)
+    reporter = Reporter("reporter", each_minute=twice.release)
+    reporter.put(nothing)
+    for _ in range(2):
+        assert twice.acquire(timeout=30)
+    reporter.finish()
+    assert reporter.flush().wait(30)
+
+
+def test_a_minute_whose_call_fails_is_followed_by_another(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Reporter, "MINUTE", 0.01)
+    twice = threading.Semaphore(0)
+
+    def broken() -> None:
+        twice.release()
+        raise LookupError
+
+    reporter = Reporter("reporter", each_minute=broken)
+    reporter.put(nothing)
+    for _ in range(2):
+        assert twice.acquire(timeout=30)
+    reporter.finish()
+    assert reporter.flush().wait(30)
+    assert caplog.records
+
+
+# -- at the end of the process -----------------------------------------------------------------------
+
+
+def test_at_exit_what_comes_without_a_thread_is_handled_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    before = threading.active_count()
+    reporter = make_reporter()
+    reporter.at_exit = True
+    seen: list[threading.Thread] = []
+
+    def broken() -> None:
+        raise LookupError
+
+    assert reporter.put(lambda: seen.append(threading.current_thread()))
+    assert reporter.put(broken)
+    assert seen == [threading.current_thread()]
+    assert len(caplog.records) == 1
+    assert threading.active_count() == before
+    assert reporter.flush().is_set()
+
+
+def test_at_exit_a_thread_that_runs_is_used_further() -> None:
+    reporter = make_reporter()
+    seen: list[str] = []
+    for _ in range(2):
+        reporter.put(lambda: seen.append(threading.current_thread().name))
+        reporter.at_exit = True
+    reporter.finish()
+    assert reporter.flush().wait(30)
+    assert seen == ["reporter", "reporter"]

@@ -32,12 +32,16 @@ class Watch:
     def __init__(self, threshold: float = 10.0) -> None:
         self.threshold = threshold
         self.turn: RequestRecord | None = None
-        self.turn_since = 0.0
         self.aftermath: Aftermath | None = None
         self.long_turns: list[tuple[RequestRecord, float, float]] = []
+        self.busy: list[tuple[RequestRecord, float, float]] = []
 
     def note_long_turn(self, record: RequestRecord, since: float, until: float) -> None:
+        assert self.turn is record  # the watchdog must not forget what it saw before it was taken down
         self.long_turns.append((record, since, until))
+
+    def note_busy(self, record: RequestRecord, held: float, now: float) -> None:
+        self.busy.append((record, held, now))
 
 
 def new_record() -> RequestRecord:
@@ -233,10 +237,10 @@ async def test_while_it_runs_the_turn_is_its_own(clock: TurnedClock) -> None:
     watch, record = Watch(), new_record()
 
     async def work() -> None:
-        assert (watch.turn, watch.turn_since) == (record, 1000)
+        assert (watch.turn, record.turn_since) == (record, 1000)
         clock.turn(1)
         await anyio.lowlevel.checkpoint()
-        assert (watch.turn, watch.turn_since) == (record, 1001)
+        assert (watch.turn, record.turn_since) == (record, 1001)
 
     async def bystander() -> None:
         assert watch.turn is None
@@ -264,7 +268,7 @@ async def test_a_guarded_application_inside_another(clock: TurnedClock, fails: b
         with suppress(Marker):
             await driven(inner_work(), watch, inner)
         assert watch.turn is outer
-        assert watch.turn_since == 1005  # since the turn began, not since the inner one ended
+        assert outer.turn_since == 1005  # since the turn began, not since the inner one ended
         clock.turn(8)
 
     await driven(outer_work(), watch, outer)
@@ -300,12 +304,40 @@ async def test_a_long_turn_that_raises_or_returns_is_noted(clock: TurnedClock) -
     assert [until - since for _, since, until in watch.long_turns] == [11, 11]
 
 
+async def test_from_half_of_too_much_on_each_turn_is_added_up(clock: TurnedClock) -> None:
+    watch, record = Watch(), new_record()
+    record.busy_at = 5.0
+
+    async def work() -> None:
+        for held in (2, 2.5, 1, 30, 0.25):
+            clock.turn(held)
+            await anyio.lowlevel.checkpoint()
+
+    await driven(work(), watch, record)
+    # The long one is a stall, and not a piece.
+    assert watch.busy == [(record, 1, 1005.5), (record, 0.25, 1035.75), (record, 0, 1035.75)]
+    assert watch.long_turns == [(record, 1005.5, 1035.5)]
+
+
+async def test_most_requests_are_never_added_up(clock: TurnedClock) -> None:
+    watch, record = Watch(), new_record()
+
+    async def work() -> None:
+        for _ in range(20):
+            clock.turn(9)
+            await anyio.lowlevel.checkpoint()
+
+    await driven(work(), watch, record)
+    assert record.loop_time == 180
+    assert watch.busy == []
+
+
 async def test_the_aftermath_of_a_stall_is_told_of_each_turn(clock: TurnedClock) -> None:
     watch, record = Watch(), new_record()
 
     async def work() -> None:
         await anyio.lowlevel.checkpoint()
-        watch.aftermath = Aftermath(rounds=6)
+        watch.aftermath = Aftermath()
         clock.turn(1)
         await anyio.lowlevel.checkpoint()
 
@@ -360,3 +392,24 @@ async def test_nothing_is_left_to_the_garbage_collector() -> None:
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+async def test_an_aftermath_that_is_closed_at_the_same_time(clock: TurnedClock) -> None:
+    """By the watchdog, on its own thread: the request must not notice."""
+
+    class ClosedMeanwhile(Watch):
+        asked = 0
+
+        @property
+        def aftermath(self) -> Aftermath | None:
+            self.asked += 1
+            return Aftermath() if self.asked % 2 else None
+
+        @aftermath.setter
+        def aftermath(self, aftermath: Aftermath | None) -> None: ...
+
+    async def work() -> str:
+        await anyio.lowlevel.checkpoint()
+        return "done"
+
+    assert await driven(work(), ClosedMeanwhile()) == "done"

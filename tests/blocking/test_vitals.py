@@ -79,9 +79,42 @@ def test_the_watchdogs_turns(here: LoopVitals) -> None:
     in_a_thread(watchdog)
 
 
+@linux
+def test_a_resting_thread_has_hardly_a_turn(here: LoopVitals) -> None:
+    """Those that it needed to get there do not count; it returns when all is closed."""
+    assert here.read(0.0).resting_turns == 0
+    thread = threading.Thread(target=here.rest)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while here._resting_stat is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for _ in range(20):
+        time.sleep(0.001)
+    assert here.read(0.0).resting_turns <= 2
+    assert thread.is_alive()
+    here.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert here.read(0.0).resting_turns == 0
+
+
+@linux
+def test_the_turns_of_a_resting_thread_are_counted_from_its_rest_on(
+    here: LoopVitals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = [b"1 2 40"]
+    monkeypatch.setattr(os, "pread", lambda *_: contents[0])
+    here._open.release()
+    here.rest()
+    assert here.read(0.0).resting_turns == 0
+    contents[0] = b"1 2 43"
+    assert here.read(0.0).resting_turns == 3
+
+
 def test_the_difference_of_two_readings(clock: TurnedClock) -> None:
-    before = Reading(1.0, 2.0, 3.0, 4, 5.0, 6.0, 7, 8.0)
-    after = Reading(2.0, 4.0, 6.0, 8, 10.0, 12.0, 14, 16.0)
+    before = Reading(1.0, 2.0, 3.0, 4, 5.0, 6.0, 7, 8.0, 9)
+    after = Reading(2.0, 4.0, 6.0, 8, 10.0, 12.0, 14, 16.0, 18)
     assert after.since(before) == before
     assert after.since(before._replace(cpu=None)).cpu is None
     assert after._replace(cpu=None).since(before).cpu is None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from asyncguard import Advice, BlockedLine, InFlight, SourceLine, Victim
-from asyncguard._console import closing, stall
+from asyncguard import Advice, BlockedLine, BusyReport, HangReport, InFlight, SourceLine, ThreadStack, Victim
+from asyncguard._console import busy, closing, hang, stall
 from tests.reports import LINE
 from tests.reports import REPORT as PLAIN
 
@@ -150,3 +150,26 @@ Still waiting when the service was stopped:
 
 def test_table_ends_with_an_empty_line() -> None:
     assert closing([ENTRY], []).endswith("app/routes.py:42 in report\n\n")
+
+
+def test_busy() -> None:
+    report = BusyReport(1, 0.0, "GET /feed", 1.256, 4.5, 30, 0.0496, LINE, ADVICE)
+    heading = "BUSY     GET /feed held the loop for 1.26 s of 4.50 s, in pieces of up to 50 ms\n"
+    text = busy(report)
+    assert text.startswith(
+        heading
+        + "  awaits  app/routes.py:42 in report\n          requests.get(url)\n    cure  Await a shared"
+    )
+    assert text.endswith("\n")
+    assert "awaits" not in busy(replace(report, line=None))
+
+
+def test_hang() -> None:
+    report = HangReport(10.04, None, (ThreadStack("MainThread", (LINE,)),))
+    assert hang(report) == (
+        """\
+HANGING  the loop has been blocked for 10.0 s by code outside any request, and still is
+  thread MainThread, innermost call last:
+    app/routes.py:42 in report: requests.get(url)
+"""
+    )

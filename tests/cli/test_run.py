@@ -251,8 +251,8 @@ REFUSALS = [
     (["main:Made"], r"'main:Made' is no ASGI application but a type \(<class 'main.Made'>\)"),
     (["main:things", "--factory"], "'main:things' is no application factory but a list"),
     (["main:garbage"], r"the factory 'main:garbage' returned no ASGI application but an? int \(42\)"),
-    (["main:app", "--threshold", "0"], "--threshold must be .* at least 0.005, not 0.0"),
-    (["main:app", "--threshold", "nan"], "--threshold must be .* at least 0.005, not nan"),
+    (["main:app", "--threshold", "0"], "--threshold must be .* at least 0.001, not 0.0"),
+    (["main:app", "--threshold", "nan"], "--threshold must be .* at least 0.001, not nan"),
     (
         ["main:app", "--project-root", "nowhere"],
         "--project-root must be an existing directory, not 'nowhere'",

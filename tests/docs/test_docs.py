@@ -46,6 +46,7 @@ def test_example_runs(page: Path, code: str, tmp_path: Path) -> None:
 def test_every_cure_has_a_heading() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "docs" / "cures.md").read_text(), re.MULTILINE)
     anchors = {heading.lower().replace(" ", "-") for heading in headings}
-    others = (_advice._COLLECTING, _advice._FAN_OUT, _advice._COMPUTING, _advice._WAITING)
+    causes = (_advice._COLLECTING, _advice._GIL, _advice._COMPUTING, _advice._WAITING)
+    others = (*causes, _advice._BUSY, _advice._FAN_OUT)
     cures = {*_advice._CURES, *others}
     assert {cure.anchor for cure in cures} == anchors

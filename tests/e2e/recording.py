@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from asyncguard import Advice, BlockReport, SourceLine, Victim
+from asyncguard import Advice, BlockReport, SourceLine, StackSample, Victim
 from tests import raw_client
 from tests.servers import ROOT
 
@@ -102,6 +102,7 @@ class Recording:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "reports.jsonl"
         self._path.touch()
+        self._began = 0
         self.env = {VARIABLE: str(self._path)}
 
     def read(self, offset: int = 0) -> Recorded:
@@ -115,14 +116,17 @@ class Recording:
         return recorded
 
     def await_report(self, request: str) -> None:
-        """Wait until a stall by `request` has been reported: all that belongs to it is over then."""
-        assert self._await_text(f'"request": "{request}"', 30.0), request
+        """Wait until a stall by `request` has been reported: all that belongs to it is over then.
+
+        Within a block of `during`, a stall before the block does not count.
+        """
+        assert self._await_text(f'"request": "{request}"', 30.0, self._began), request
 
     @contextmanager
     def during(self, port: int) -> Iterator[Recorded]:
         """The reports of all stalls within a ``with`` block; they are there when it ends."""
         recorded = Recorded()
-        offset = len(self._path.read_text())
+        offset = self._began = len(self._path.read_text())
         began = time.monotonic()
         try:
             yield recorded
@@ -141,9 +145,9 @@ class Recording:
                 return
         raise AssertionError(f"{_BARRIER_ATTEMPTS} stalls in a row were not reported")
 
-    def _await_text(self, text: str, seconds: float) -> bool:
+    def _await_text(self, text: str, seconds: float, offset: int = 0) -> bool:
         deadline = time.monotonic() + seconds
-        while text not in self._path.read_text():
+        while text not in self._path.read_text()[offset:]:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.01)
@@ -154,6 +158,10 @@ def _report(values: dict[str, Any]) -> BlockReport:
     for name in ("stack", "victims"):
         made: Callable[..., Any] = SourceLine if name == "stack" else Victim
         values[name] = tuple(made(**each) for each in values[name])
+    values["samples"] = tuple(
+        StackSample(tuple(SourceLine(**line) for line in sample["stack"]), sample["seconds"])
+        for sample in values["samples"]
+    )
     values["line"] = values["line"] and SourceLine(**values["line"])
     values["advice"] = values["advice"] and Advice(**values["advice"])
     return BlockReport(**values)
