@@ -29,7 +29,10 @@ _LONGEST_NAP = 1.0
 _WAKING = 0.005
 """Seconds that waking up may take without being called late."""
 _QUIET = 1.0
-"""Seconds without an iteration of the loop after which the watchdog rests."""
+"""Seconds without an iteration of the loop after which the watchdog rests; without a request, after which it
+takes its time."""
+_UNHURRIED = 0.8
+"""Times the threshold: for how long it naps then. It still wakes before a hold becomes a stall."""
 
 
 class Watched(Protocol):
@@ -41,6 +44,7 @@ class Watched(Protocol):
         hang_after: After how long a stall that goes on is to be told of, in seconds.
         turn: The request whose coroutine holds the loop, if that is known.
         resting: Whether the loop's own probe stands still, so that the watchdog must not.
+        in_flight: The requests that have begun and not ended.
         load: How busy the loop is.
     """
 
@@ -49,6 +53,7 @@ class Watched(Protocol):
     hang_after: float
     turn: RequestRecord | None
     resting: bool
+    in_flight: set[RequestRecord]
     load: LoopLoad
 
     def is_alive(self) -> bool:
@@ -80,7 +85,7 @@ class Watchdog:
         self._held_before: float | None = None
         self._asleep_in_hold = 0.0
         self._busy_before = 0.0
-        self._quiet_since = _clock.monotonic()
+        self._quiet_since = self._deserted_since = _clock.monotonic()
         self._collector = CollectorHeld()
         self._still = False
         self._failed = False
@@ -225,6 +230,8 @@ class Watchdog:
         watch.probe.mark(now, cpu)
         if since is None and self._is_quiet(now) and watch.probe.rest():
             return _LONGEST_NAP
+        if since is None and self._is_deserted(now):
+            nap = _UNHURRIED * watch.threshold
         return min(nap, _LONGEST_NAP)
 
     def _expect(self, now: float, due: float) -> float:
@@ -253,6 +260,12 @@ class Watchdog:
         if busy != self._busy_before:
             self._busy_before, self._quiet_since = busy, now
         return now - self._quiet_since >= _QUIET
+
+    def _is_deserted(self, now: float) -> bool:
+        """Whether there has been no request for a while, though the loop has run for something else."""
+        if self._watch.in_flight:
+            self._deserted_since = now
+        return now - self._deserted_since >= _QUIET
 
     def _look(self, now: float, frame: FrameType | None) -> Sample:
         probe = self._watch.probe

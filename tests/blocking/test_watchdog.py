@@ -73,6 +73,7 @@ class Kennel:
         self.threshold = THRESHOLD
         self.hang_after = math.inf
         self.resting = False
+        self.in_flight = {RequestRecord({"type": "http"}, 0.0)}
         self.load = LoopLoad(1000.0)
         self.hangs: list[tuple[float, RequestRecord | None]] = []
         self._woke = threading.Semaphore(0)
@@ -393,6 +394,26 @@ def wake_up(kennel: Kennel, clock: TurnedClock, after: float = 0.0, *, late: flo
     kennel.dog._expect(clock.now, clock.now + after)
     clock.turn(after + late)
     return kennel.dog._wake_up()
+
+
+def test_without_a_request_for_a_while_it_takes_its_time(tame: Kennel, clock: TurnedClock) -> None:
+    """The server's own timers run on; but each look still comes before a hold is a stall."""
+    requests = set(tame.in_flight)
+
+    def nap() -> float:
+        tame.load.busy += 0.001
+        return wake_up(tame, clock, 0.6) / THRESHOLD
+
+    tame.in_flight.clear()
+    assert nap() <= 0.5
+    assert 0.5 < nap() < 1
+    tame.in_flight |= requests
+    assert nap() <= 0.5
+    tame.in_flight.clear()
+    assert nap() <= 0.5
+    assert 0.5 < nap() < 1
+    tame.probe.since = clock.now
+    assert wake_up(tame, clock, 0.3 * THRESHOLD) <= 0.25 * THRESHOLD  # until half of it, and no longer
 
 
 class Vitals:
