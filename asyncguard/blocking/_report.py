@@ -121,7 +121,7 @@ def compose(stall: Stall, threshold: float, project_root: str | None) -> BlockRe
         stack=stack,
         samples=_stack_samples(sights),
         victims=_victims(stall, record),
-        advice=advice_for(names, cause, fan_out=record is not None and _is_fan_out(pieces, sights))
+        advice=advice_for(names, cause, fan_out=_is_fan_out(pieces, sights))
         if (line is not None or cause == "gc") and not stall.starting
         else None,
         held_by=None,
@@ -171,8 +171,12 @@ def compose_gil(stall: Stall, project_root: str | None) -> BlockReport | None:
 
 
 def _is_fan_out(pieces: int, sights: Sequence[_Sight]) -> bool:
-    """Whether many short callbacks made up the stall: a long one would be seen again and again."""
-    return pieces > 1 and pieces > len(sights) / 2
+    """Whether many short callbacks of one request made up the stall.
+
+    A long one would be seen again and again. Those of many requests are just a crowd.
+    """
+    one = _majority((sight.sample.record, sight.weight) for sight in sights) is not None
+    return one and pieces > 1 and pieces > len(sights) / 2
 
 
 class _Weighed(NamedTuple):

@@ -311,13 +311,16 @@ def test_loops_that_come_and_go(backend: str, with_lifespan: bool) -> None:
         client = TestClient(app, **BACKENDS[backend])
         with client if with_lifespan else ExitStack():
             assert client.get("/slow").text == "done"
-        eventually(lambda count=count: len(reports) == count, "the report")  # type: ignore[misc]
-    assert [blamed(report, "of_small_app", "tests/e2e/test_lifecycles.py") for report in reports] == [
-        True
-    ] * 4
-    assert {report.request for report in reports} == {"GET /slow"}
-    assert {report.victims for report in reports} == {()}
+        eventually(lambda count=count: len(of_slow(reports)) == count, "the report")  # type: ignore[misc]
+    found = of_slow(reports)
+    assert all(blamed(report, "of_small_app", "tests/e2e/test_lifecycles.py") for report in found), found
+    assert {report.victims for report in found} == {()}
     eventually(lambda: asyncguard_threads() <= threads, "the watches have ended")
+
+
+def of_slow(reports: list[BlockReport]) -> list[BlockReport]:
+    """On a slow machine, a client's own start may be a stall as well."""
+    return [report for report in reports if report.request == "GET /slow"]
 
 
 def small_app(reports: list[BlockReport]) -> asyncguard.BlockingMiddleware:

@@ -123,8 +123,6 @@ def test_a_burst_of_ready_callbacks_is_one_stall(guarded: Guarded) -> None:
     assert abs(report.duration - truth) <= max(0.2 * truth, 0.01)
     assert report.line is not None
     assert report.line.line in (marked(APP, "burst"), *range(marked(APP, "loop"), marked(APP, "loop") + 2))
-    # uvloop does not tell for whom it runs a plain callback.
-    uvloop = "uvloop" in report.loop
-    assert report.request == (None if uvloop else "GET /burst")
+    assert report.request == "GET /burst"
     assert report.task is None
-    assert report.pieces > 1 or uvloop
+    assert report.pieces > 1
