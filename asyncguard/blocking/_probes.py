@@ -291,7 +291,9 @@ class HeartbeatProbe:
             self._look_at_resting(now)
         if now <= self._due:
             return turn
-        return self._due if turn is None else min(turn, self._due)
+        # What was told of already is over, though the beat is yet to come.
+        late = max(self._due, self._watch.stalled_until)
+        return late if turn is None else min(turn, late)
 
     def hold_began(self, turn: float) -> float:
         return turn

@@ -575,6 +575,17 @@ def test_a_long_turn_is_exact_and_the_late_beat_adds_nothing(clock: TurnedClock)
     assert watch.stalls == [(1000.25, 1012)]
 
 
+def test_what_was_told_of_holds_the_loop_no_more_though_the_beat_is_late(clock: TurnedClock) -> None:
+    watch = Watch()
+    probe, _ = heartbeat(watch)
+    clock.turn(12)
+    since = probe.held_since()
+    assert since is not None
+    assert since < clock.now
+    watch.stalled(since, clock.now)
+    assert probe.held_since() == clock.now
+
+
 def test_a_hold_after_a_long_turn_is_a_stall_of_its_own(clock: TurnedClock) -> None:
     watch = Watch()
     _, loop = heartbeat(watch)
