@@ -23,6 +23,8 @@ pytestmark = pytest.mark.e2e
 
 CALLS, PLACES = "tests/e2e/pitfalls/calls.py", "tests/e2e/pitfalls/places.py"
 SECONDS = (0.06, 0.15, 0.6)
+MOST_MISSED = 3
+"""Of the 40 visits of a survey."""
 REQUEST = "GET /{name}"
 
 
@@ -123,6 +125,7 @@ class Survey:
 
     visits: Mapping[str, Visit]
     too_short: list[Visit]
+    missed: list[Visit]
     reports: list[BlockReport]
     excused: Mapping[str, int]
 
@@ -163,7 +166,7 @@ def survey(request: pytest.FixtureRequest, surveys: dict[float, Survey]) -> Surv
 
 
 def make_survey(server: Server, recording: Recording, seconds: float) -> Survey:
-    visits, too_short = dict[str, Visit](), list[Visit]()
+    visits, too_short, missed = dict[str, Visit](), list[Visit](), list[Visit]()
     with recording.during(server.port) as recorded:
         for pitfall in (*PITFALLS, GARBAGE):
             found = visit(server.port, pitfall, seconds)
@@ -171,19 +174,30 @@ def make_survey(server: Server, recording: Recording, seconds: float) -> Survey:
             while found.truth < 0.95 * seconds and len(too_short) < 20:
                 too_short.append(found)
                 found = visit(server.port, pitfall, seconds)
+            # A look may come too late, and then the endpoint is named; and what others on the machine may
+            # have caused is blamed on nobody. Both are rare: see `test_hardly_any_look_is_missed`.
+            while not await_exact_report(recording, found, pitfall) and len(missed) <= MOST_MISSED:
+                missed.append(found)
+                found = visit(server.port, pitfall, seconds)
             visits[pitfall.name] = found
-            await_report(recording, found)
     excused = get(server.port, "/excused").json()
-    return Survey(visits, too_short, recorded.reports, excused)
+    return Survey(visits, too_short, missed, recorded.reports, excused)
 
 
-def await_report(recording: Recording, visit: Visit) -> None:
-    """Let the report be made before the next visit: making it may take the interpreter from the watchdog.
+def await_exact_report(recording: Recording, visit: Visit, pitfall: Pitfall) -> bool:
+    """Whether the visit was reported, and its line seen where that can be.
 
-    Without an assertion: that the report comes is for the tests to tell.
+    Waiting also lets the report be made before the next visit: that may take the interpreter from the
+    watchdog.
     """
     with suppress(AssertionError):
-        eventually(lambda: any(map(visit.covers, recording.read().reports)), "the report", timeout=1.0)
+        found = eventually(
+            lambda: [report for report in recording.read().reports if visit.covers(report)],
+            "the report",
+            timeout=1.0,
+        )
+        return found[0].exact is pitfall.exact
+    return False
 
 
 def visit(port: int, pitfall: Pitfall, seconds: float) -> Visit:
@@ -228,6 +242,10 @@ def test_pitfall_is_named(
     assert not report.starting
 
 
+def test_hardly_any_look_is_missed(survey: Survey) -> None:
+    assert len(survey.missed) <= MOST_MISSED, f"excused so far: {survey.excused}"
+
+
 def test_deep_stack_is_whole(survey: Survey) -> None:
     report, _ = survey.only("deep")
     assert report.line is not None
@@ -245,6 +263,6 @@ def test_collection_is_no_lines_fault(survey: Survey, record_property: Callable[
 
 
 def test_nothing_else_is_reported(survey: Survey) -> None:
-    visits = (*survey.visits.values(), *survey.too_short)
+    visits = (*survey.visits.values(), *survey.too_short, *survey.missed)
     stray = [str(report) for report in survey.reports if not any(visit.covers(report) for visit in visits)]
     assert stray == []
