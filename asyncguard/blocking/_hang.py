@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import logging
 import os
 import sys
 import threading
 from typing import NamedTuple
 
 from asyncguard._request import RequestRecord
-from asyncguard.blocking._lookups import RawFrame, living_threads, position, raw_frames
-from asyncguard.blocking._source import source_line
+from asyncguard.blocking._lookups import RawFrame, living_threads, raw_frames
+from asyncguard.blocking._source import frame_line
 from asyncguard.events import HangReport, SourceLine, ThreadStack
 
 __all__ = ["Hang", "abort", "is_debugged", "look_at_threads", "report_hang"]
-
-logger = logging.getLogger("asyncguard.blocking")
 
 _DEBUGGERS = {"pdb", "bdb", "ipdb", "pudb", "debugpy"}
 _DEBUGGER_PREFIXES = ("pydevd", "_pydevd")  # each of its parts is a module of its own
@@ -67,7 +64,7 @@ def report_hang(hang: Hang) -> HangReport:
 
 def _lines(frames: tuple[RawFrame, ...]) -> tuple[SourceLine, ...]:
     return tuple(
-        source_line(frame.code, position(frame.code, frame.instruction).line or frame.code.co_firstlineno)
+        frame_line(frame)
         for frame in reversed(frames)
         # How each thread begins says nothing about it.
         if frame.code.co_filename != threading.__file__ or not frame.code.co_name.startswith("_bootstrap")

@@ -12,13 +12,15 @@ from typing import Literal, NamedTuple, TypeVar
 
 from asyncguard._request import RequestRecord
 from asyncguard.blocking._advice import advice_for
-from asyncguard.blocking._lookups import RawFrame, await_chain, position
+from asyncguard.blocking._lookups import RawFrame, await_chain
 from asyncguard.blocking._source import (
     call_text,
     definition_line,
+    frame_line,
     function_name,
     is_own_code,
     is_user_code,
+    line_number,
     resolved_name,
     source_line,
 )
@@ -216,7 +218,7 @@ class _Sight:
             sample = sample._replace(frames=sample.frames[1:])
         for index, frame in enumerate(sample.frames):
             if is_user_code(frame.code.co_filename, project_root):
-                return cls(sample, weight, index, _line(frame))
+                return cls(sample, weight, index, line_number(frame))
             if _is_routing(frame):
                 # Further out are only middlewares, which merely await what the framework does here.
                 break
@@ -240,10 +242,6 @@ def _is_routing(frame: RawFrame) -> bool:
     return module in ("starlette.routing", "fastapi.routing") and bool(
         frame.code.co_flags & inspect.CO_COROUTINE
     )
-
-
-def _line(frame: RawFrame) -> int:
-    return position(frame.code, frame.instruction).line or frame.code.co_firstlineno
 
 
 def _record(stall: Stall, sights: Sequence[_Sight]) -> RequestRecord | None:
@@ -324,7 +322,7 @@ def _called_by(frame: RawFrame) -> str:
 def _stack_samples(sights: Sequence[_Sight]) -> tuple[StackSample, ...]:
     """All that was seen, equal stacks together, the heaviest first."""
     totals = _totals(
-        (tuple((frame.code, _line(frame)) for frame in reversed(sight.sample.frames)), sight.weight)
+        (tuple((frame.code, line_number(frame)) for frame in reversed(sight.sample.frames)), sight.weight)
         for sight in sights
         if sight.sample.frames
     )
@@ -339,7 +337,7 @@ def _stack(place: _Sight, project_root: str | None) -> tuple[SourceLine, ...]:
     frames = itertools.dropwhile(
         lambda frame: not is_user_code(frame.code.co_filename, project_root), reversed(place.sample.frames)
     )
-    return tuple(source_line(frame.code, _line(frame)) for frame in frames)
+    return tuple(map(frame_line, frames))
 
 
 def _endpoint_line(record: RequestRecord) -> SourceLine | None:

@@ -18,9 +18,11 @@ from asyncguard.events import SourceLine
 __all__ = [
     "call_text",
     "definition_line",
+    "frame_line",
     "function_name",
     "is_own_code",
     "is_user_code",
+    "line_number",
     "resolved_name",
     "source_line",
 ]
@@ -70,6 +72,16 @@ def source_line(code: CodeType, line: int) -> SourceLine:
         function=code.co_qualname.replace(".<locals>", ""),
         source=linecache.getline(code.co_filename, line).strip(),
     )
+
+
+def line_number(frame: RawFrame) -> int:
+    """The line that `frame` stands on; that of its function where the instruction has none."""
+    return position(frame.code, frame.instruction).line or frame.code.co_firstlineno
+
+
+def frame_line(frame: RawFrame) -> SourceLine:
+    """The line that `frame` stands on, as it is shown."""
+    return source_line(frame.code, line_number(frame))
 
 
 def definition_line(code: CodeType) -> SourceLine:

@@ -43,7 +43,6 @@ class Watched(Protocol):
         threshold: The shortest stall of interest, in seconds.
         hang_after: After how long a stall that goes on is to be told of, in seconds.
         turn: The request whose coroutine holds the loop, if that is known.
-        resting: Whether the loop's own probe stands still, so that the watchdog must not.
         in_flight: The requests that have begun and not ended.
         load: How busy the loop is.
     """
@@ -52,7 +51,6 @@ class Watched(Protocol):
     threshold: float
     hang_after: float
     turn: RequestRecord | None
-    resting: bool
     in_flight: set[RequestRecord]
     load: LoopLoad
 
@@ -113,7 +111,7 @@ class Watchdog:
         self.wake()
 
     def wake(self) -> None:
-        """End the thread's nap, since the threshold is another one now."""
+        """End the thread's nap: there is something to see, or another pace to keep."""
         if self._bell.locked():
             with contextlib.suppress(RuntimeError):  # rung twice at once
                 self._bell.release()

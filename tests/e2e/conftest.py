@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.e2e.recording import Recording
 from tests.servers import HOST, Server, attach_output, serve
 
 
@@ -25,3 +28,16 @@ def upstream() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def upstream_env(upstream: Server) -> dict[str, str]:
     return {"ASYNCGUARD_TEST_UPSTREAM": f"http://{HOST}:{upstream.port}"}
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Recording:
+    return Recording(tmp_path)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    """A file that gives nothing until the test lets it."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    return path

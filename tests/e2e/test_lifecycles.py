@@ -35,19 +35,6 @@ APP = "tests.e2e.lifecycles:app"
 FILE = "tests/e2e/lifecycles.py"
 
 
-@pytest.fixture
-def recording(tmp_path: Path) -> Recording:
-    return Recording(tmp_path)
-
-
-@pytest.fixture
-def pipe(tmp_path: Path) -> Path:
-    """A file that gives nothing until the test lets it."""
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    return path
-
-
 def blamed(report: BlockReport, marker: str, file: str = FILE) -> bool:
     """Whether the report names the line that bears the marker."""
     return report.line is not None and (report.line.file, report.line.line) == (file, marked(file, marker))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -19,19 +18,6 @@ pytestmark = pytest.mark.e2e
 
 APP = "tests.e2e.plain:app"
 PLAIN = "tests/e2e/plain.py"
-
-
-@pytest.fixture
-def recording(tmp_path: Path) -> Recording:
-    return Recording(tmp_path)
-
-
-@pytest.fixture
-def pipe(tmp_path: Path) -> Path:
-    """A file that gives nothing until the test lets it."""
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    return path
 
 
 def assert_blamed(recorded: Recorded, marker: str, request: str) -> None:
