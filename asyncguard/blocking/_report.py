@@ -92,9 +92,7 @@ def compose(stall: Stall, threshold: float, project_root: str | None) -> BlockRe
     names: list[str] = []
     if inside:
         place = inside[0]
-        names = _names_called(place)
-        call = call_text(place.frame) or (names[0] if names else "")
-        innermost = _short(names[-1] if names else function_name(place.frame))
+        names, call, innermost = _calls_at(place)
         # Another look at the same line may have caught it in a call that this one did not.
         names += [name for other in inside[1:] for name in _names_called(other)]
         line = source_line(place.frame.code, place.line)
@@ -147,7 +145,7 @@ def compose_gil(stall: Stall, project_root: str | None) -> BlockReport | None:
     if not inside:
         return None
     place = inside[0]
-    names = _names_called(place)
+    names, call, innermost = _calls_at(place)
     return BlockReport(
         id=next(_numbers),
         started=stall.wall_end - stall.duration,
@@ -155,8 +153,8 @@ def compose_gil(stall: Stall, project_root: str | None) -> BlockReport | None:
         cause="gil",
         line=source_line(place.frame.code, place.line),
         exact=True,
-        call=call_text(place.frame) or (names[0] if names else ""),
-        innermost=_short(names[-1] if names else function_name(place.frame)),
+        call=call,
+        innermost=innermost,
         request=None,
         task=None,
         left_behind=False,
@@ -299,6 +297,20 @@ def _totals(weighed: Iterable[tuple[Key, float]]) -> dict[Key, float]:
     for key, weight in weighed:
         totals[key] = totals.get(key, 0.0) + weight
     return totals
+
+
+class _Calls(NamedTuple):
+    """The full names of what a line called, and what is shown of them: the first, and the last's own name."""
+
+    names: list[str]
+    call: str
+    innermost: str
+
+
+def _calls_at(place: _Sight) -> _Calls:
+    names = _names_called(place)
+    call = call_text(place.frame) or (names[0] if names else "")
+    return _Calls(names, call, _short(names[-1] if names else function_name(place.frame)))
 
 
 def _names_called(place: _Sight) -> list[str]:

@@ -97,6 +97,10 @@ class Aftermath:
     waits: list[Wait] = field(default_factory=list)
     due: dict[RequestRecord, float] = field(default_factory=dict)
 
+    def note_due(self, record: RequestRecord, due: float) -> None:
+        """Take down that a timer of `record`'s should have fired at `due`; the earliest counts."""
+        self.due[record] = min(due, self.due.get(record, due))
+
     def note_turn(self, record: RequestRecord, now: float) -> None:
         """Take down that `record` has a turn on the loop now."""
         # Whoever has its answer waits for nothing, though tasks of its own may still unwind.

@@ -248,7 +248,7 @@ class LoopWatch:
         """A timer of a request's fires now, which was due then."""
         aftermath = self.aftermath
         if aftermath is not None:
-            aftermath.due[record] = min(due, aftermath.due.get(record, due))
+            aftermath.note_due(record, due)
 
     def wake(self, now: float) -> None:
         """Wake the watchdog, which rests: something happens on the loop."""
@@ -325,7 +325,7 @@ class LoopWatch:
         aftermath = self.aftermath or Aftermath()
         aftermath.last = aftermath.round + Aftermath.ROUNDS + 1
         for record, late in due_timers(self.loop()):
-            aftermath.due[record] = min(end - late, aftermath.due.get(record, math.inf))
+            aftermath.note_due(record, end - late)
         stall = self._stall_of(start, end, reading, turn, aftermath)
         self._untold.append(stall)
         self.aftermath = aftermath  # not before: the watchdog may have closed it with the stalls there were
