@@ -59,8 +59,8 @@ OTHERS = {
 }
 """What backends make. They may keep some that were last: trio the traceback of its last cancellation."""
 
-FEW = 20
-"""Of thousands; so no request, cancellation or exception has left any."""
+FEW = 100
+"""What is left once for each request, of any one endpoint alone, is left hundreds of times."""
 
 
 class Disconnected(Exception):
