@@ -36,39 +36,34 @@ class RequestRecord:
         coroutine: The application's coroutine, while the request is in flight.
         receive: What the server gave for receiving, while the request is in flight.
         arrived: When its data reached this machine, where that was asked for and is known.
-        turn_since: When its turn on the loop began, while it has one.
-        busy_at: From which `loop_time` on its turns are to be added up; plus infinity for never.
+        turn_since: When its last turn on the loop began.
+        busy_at: From which `loop_time` on its turns are to be added up; plus infinity for never, `None` for
+            what holds for all.
     """
 
     loop_time: float = 0.0
     released: float = -math.inf
     finished_at: float = math.inf
     coroutine: Coroutine[Any, Any, Any] | None = None
-    turn_since: float = 0.0
+    busy_at: float | None = None
     arrived: float | None = None
 
-    _scope: Mapping[str, Any]
+    _kept: tuple[Any, ...] = ()
 
-    def __init__(
-        self,
-        scope: Mapping[str, Any],
-        started: float,
-        *,
-        receive: object = None,
-        busy_at: float = math.inf,
-    ) -> None:
-        self._scope = scope
+    def __init__(self, scope: Mapping[str, Any], started: float, receive: object = None) -> None:
+        self._scope: Mapping[str, Any] | None = scope
         self.started: float = started
+        self.turn_since: float = started
         self.receive: object = receive
-        self.busy_at: float = busy_at
 
     def finish(self) -> None:
         """Let go of the scope and the coroutine, keeping only what names the request.
 
         A task that runs on holds this record; it must not keep alive all that the scope leads to.
         """
-        scope = self._scope
-        self._scope = {name: scope[name] for name in _NAMING if name in scope}
+        if self._scope is not None:
+            self._kept = tuple(map(self._scope.get, _KEPT))
+            self._scope = None
         self.finished_at = _clock.monotonic()
         self.coroutine = self.receive = None
 
@@ -77,9 +72,15 @@ class RequestRecord:
         return self
 
     @property
+    def _naming(self) -> Mapping[str, Any]:
+        """The scope, or what is left of it; asked from any thread."""
+        scope = self._scope
+        return dict(zip(_KEPT, self._kept, strict=True)) if scope is None else scope
+
+    @property
     def endpoint(self) -> object:
         """The function or class that answers the request; `None` before routing."""
-        return self._scope.get("endpoint")
+        return self._naming.get("endpoint")
 
     @property
     def connection(self) -> object:
@@ -87,9 +88,9 @@ class RequestRecord:
 
         `None` elsewhere.
         """
-        client = self._scope.get("client")
+        client = self._naming.get("client")
         # Behind a proxy, servers put the user's address here, and 0 for the port that they do not know.
-        known = client and client[1] and str(self._scope.get("http_version")).startswith("1")
+        known = client and client[1] and str(self._naming.get("http_version")).startswith("1")
         return client if known else None
 
     @property
@@ -98,12 +99,14 @@ class RequestRecord:
 
         What a client chose is shown with its unprintable characters escaped, and cut at 200.
         """
-        scope = self._scope
+        scope = self._naming
         method = "WS" if scope.get("type") == "websocket" else scope.get("method") or ""
         path = scope.get("path") or ""
         template = getattr(scope.get("route"), "path", None) or ""
         # Starlette's Mount moves `root_path` along and keeps the server's own in `app_root_path`.
-        root = (scope.get("app_root_path", scope.get("root_path")) or "").rstrip("/")
+        root = scope.get("app_root_path")
+        root = (scope.get("root_path") if root is None else root) or ""
+        root = root.rstrip("/")
         if root and path.startswith(root + "/"):
             path = path[len(root) :]
         if template:
@@ -112,7 +115,7 @@ class RequestRecord:
         return label[:200] if label.isprintable() else _escaped(label[:200])
 
 
-_NAMING = (
+_KEPT = (
     "app_root_path",
     "client",
     "endpoint",

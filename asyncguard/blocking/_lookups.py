@@ -106,9 +106,9 @@ def read_stack(frame: FrameType | None, outside: int) -> RawStack:
             task = _task_of(handle)
             record = _request_of(getattr(handle, "_context", None))
             return RawStack(tuple(frames), record, id(handle), task.get_name() if task else None)
-        if code is _NOTED_CALL:
-            noted = frame.f_locals["self"]
-            return RawStack(tuple(frames), noted.record, id(noted), None)
+        if code is _RUN_NOTED:
+            values = frame.f_locals
+            return RawStack(tuple(frames), values["record"], values["number"], None)
         if code is _RUN_ONCE:
             return RawStack((), None, 0, None)  # between two callbacks
         frames.append(RawFrame(code, frame.f_lasti, frame.f_globals))
@@ -233,32 +233,25 @@ def keep_requests(
     return remove
 
 
-class _Noted:
-    """A callback that shows the request it was scheduled by to whoever reads the stack."""
-
-    __slots__ = ("callback", "due", "note_due", "record")
-
-    def __init__(
-        self,
-        callback: Callable[..., object],
-        record: RequestRecord,
-        due: float | None,
-        note_due: Callable[[RequestRecord, float], None],
-    ) -> None:
-        self.callback = callback
-        self.record = record
-        self.due = due
-        self.note_due = note_due
-
-    def __call__(self, *arguments: Any) -> None:
-        if self.due is not None:
-            self.note_due(self.record, self.due)
-        self.callback(*arguments)
+def _run_noted(
+    number: int,
+    record: RequestRecord,
+    due: float | None,
+    note_due: Callable[[RequestRecord, float], None],
+    callback: Callable[..., object],
+    *arguments: Any,
+) -> None:
+    """Call `callback`, and show the request that it was scheduled by to whoever reads the stack."""
+    if due is not None:
+        note_due(record, due)
+    callback(*arguments)
 
 
-_NOTED_CALL = _Noted.__call__.__code__
+_RUN_NOTED = _run_noted.__code__
 _PYTHON = frozenset({FunctionType, MethodType, functools.partial})
 """Of all callbacks: the steps of a task are of other types, and its context is known."""
+_NUMBERS = frozenset({int, float})
+_numbers = itertools.count(1)
 
 
 def _note_callbacks(
@@ -267,27 +260,49 @@ def _note_callbacks(
     attributes: dict[str, Any] = getattr(loop, "__dict__", {})
     loop_is = weakref.ref(loop)
 
-    def noting(name: str) -> Callable[..., Any]:
-        schedule = getattr(type(loop), name)
-        place = 1 if name in ("call_later", "call_at") else 0
+    def noting(callback: Any, context: Context | None, due: float | None) -> Any:
+        record = current_request.get() if context is None else context.get(current_request)
+        if record is None:
+            return callback
+        return functools.partial(_run_noted, next(_numbers), record, due, note_due, callback)
 
-        def noted(*arguments: Any, context: Context | None = None) -> Any:
-            if len(arguments) > place and type(arguments[place]) in _PYTHON:
-                record = current_request.get() if context is None else context.get(current_request)
-                if record is not None:
-                    due = _due(loop_is(), name, arguments[0]) if place else None
-                    callback = _Noted(arguments[place], record, due, note_due)
-                    arguments = (*arguments[:place], callback, *arguments[place + 1 :])
-            options = {} if context is None else {"context": context}
-            return schedule(loop_is(), *arguments, **options)
+    # The steps of tasks come through here as well: without arguments, a call costs half as much.
+
+    def soon(schedule: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(callback: Any, *arguments: Any, context: Context | None = None) -> Any:
+            if type(callback) in _PYTHON:
+                callback = noting(callback, context, None)
+            if arguments:
+                return schedule(loop_is(), callback, *arguments, context=context)
+            return schedule(loop_is(), callback, context=context)
 
         return noted
 
+    def later(schedule: Callable[..., Any], is_moment: bool) -> Callable[..., Any]:
+        def noted(moment: Any, callback: Any, *arguments: Any, context: Context | None = None) -> Any:
+            loop: Any = loop_is()
+            if type(callback) in _PYTHON and type(moment) in _NUMBERS:
+                now = _clock.monotonic()
+                due = now + moment - loop.time() if is_moment else now + moment
+                callback = noting(callback, context, due)
+            if arguments:
+                return schedule(loop, moment, callback, *arguments, context=context)
+            return schedule(loop, moment, callback, context=context)
+
+        return noted
+
+    kind = type(loop)
+    wrap: dict[str, Callable[[Any], Callable[..., Any]]] = {
+        "call_soon": soon,
+        "call_soon_threadsafe": soon,
+        "call_later": functools.partial(later, is_moment=False),
+        "call_at": functools.partial(later, is_moment=True),
+    }
     # A loop that has no attributes of its own is left as it is.
     wrappers = {
-        name: noting(name)
-        for name in ("call_soon", "call_soon_threadsafe", "call_later", "call_at")
-        if hasattr(type(loop), name) and name not in attributes
+        name: wrap_one(getattr(kind, name))
+        for name, wrap_one in wrap.items()
+        if hasattr(kind, name) and name not in attributes
     }
     if hasattr(loop, "__dict__"):
         attributes.update(wrappers)
@@ -298,13 +313,6 @@ def _note_callbacks(
                 del attributes[name]
 
     return remove
-
-
-def _due(loop: Any, name: str, moment: Any) -> float | None:
-    """When a timer is due, on the monotonic clock; `None` if it was asked for in a way of its own."""
-    if not isinstance(moment, int | float) or loop is None:
-        return None
-    return _clock.monotonic() + (moment if name == "call_later" else moment - loop.time())
 
 
 def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import sys
+from asyncio import _get_running_loop
 from collections.abc import Callable, Coroutine
+from sys import getrefcount
 from types import CoroutineType
 from typing import Literal
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from asyncguard import _clock
 from asyncguard._request import SCOPE_KEY, RequestRecord, current_request
 from asyncguard.blocking._monitor import LoopMonitor
-from asyncguard.blocking._steps import drive
+from asyncguard.blocking._steps import DONE, drive
 from asyncguard.blocking._watch import LoopWatch
 from asyncguard.events import BlockReport, BusyReport, HangReport
 
@@ -23,7 +23,7 @@ __all__ = ["BlockingMiddleware"]
 
 def _references_to_local() -> int:
     thing = object()
-    return sys.getrefcount(thing)
+    return getrefcount(thing)
 
 
 _ALONE = _references_to_local()
@@ -91,12 +91,12 @@ class BlockingMiddleware:
         if scope["type"] not in ("http", "websocket") or SCOPE_KEY in scope:
             await self._pass_on(scope, receive, send)
             return
-        watch, loop = self._watch, asyncio._get_running_loop()
+        watch, loop = self._watch, _get_running_loop()
         if watch is None or loop is None or watch.loop() is not loop:
             watch = self._watch = self.monitor._watch()
         if watch.resting:
             watch.probe.end_rest()
-        record = RequestRecord(scope, _clock.monotonic(), receive=receive, busy_at=watch.busy_after)
+        record = RequestRecord(scope, _clock.monotonic(), receive)
         scope[SCOPE_KEY] = record
         token = current_request.set(record)
         watch.in_flight.add(record)
@@ -104,7 +104,16 @@ class BlockingMiddleware:
             running = self.app(scope, receive, send)
             if type(running) is CoroutineType or isinstance(running, Coroutine):
                 record.coroutine = running
-                await drive(running, record, watch)
+                steps = running.__await__()
+                outer, watch.turn = watch.turn, record
+                if watch.aftermath is not None:
+                    watch.note_turn(record)
+                try:
+                    awaited = next(steps, DONE)
+                finally:
+                    watch.end_turn(record, outer)
+                if awaited is not DONE:
+                    await drive(steps, awaited, record, watch)
             else:
                 await running
         finally:
@@ -119,7 +128,7 @@ class BlockingMiddleware:
             except ValueError:
                 pass
             # Hardly ever has a request left anything behind that could ask for it.
-            if sys.getrefcount(record) > _ALONE:
+            if getrefcount(record) > _ALONE:
                 record.finish()
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -207,13 +207,36 @@ class LoopWatch:
 
     # -- on the loop's thread --------------------------------------------------------------------
 
+    def note_turn(self, record: RequestRecord) -> None:
+        """A turn of `record`'s has begun right after a stall."""
+        aftermath = self.aftermath  # asked for once: the watchdog may close it
+        if aftermath is not None:
+            aftermath.note_turn(record, record.turn_since)
+
+    def end_turn(self, record: RequestRecord, outer: RequestRecord | None) -> None:
+        """End the turn of `record`'s that it has on the loop.
+
+        Args:
+            record: The request.
+            outer: Whose turn it was before, and is again: an application may call another guarded one.
+        """
+        record.released = now = _clock.monotonic()
+        held = now - record.turn_since
+        record.loop_time += held
+        if held >= self.threshold:
+            self.note_long_turn(record, record.turn_since, now)
+        elif record.loop_time >= self.busy_after:
+            self.note_busy(record, held, now)
+        # Not before: the watchdog forgets what it saw as soon as nothing holds the loop.
+        self.turn = outer
+
     @_harmless
     def note_long_turn(self, record: RequestRecord, since: float, until: float) -> None:
         """Take down a turn of a request that was as long as a stall by itself.
 
         It is a stall of its own, even if the loop goes on to run others: their lines are others.
         """
-        record.busy_at += until - since
+        record.busy_at = self._busy_at(record) + until - since
         start = self.probe.hold_began(since)
         if since - start < self.threshold:
             start = since
@@ -281,14 +304,13 @@ class LoopWatch:
     @_harmless
     def note_busy(self, record: RequestRecord, held: float, now: float) -> None:
         """Add up a turn of a request that has had half of what is too much."""
-        half = self.busy_after
-        if half == math.inf:  # who wanted to know has left meanwhile
-            record.busy_at = math.inf
+        half, busy_at = self.busy_after, self._busy_at(record)
+        if record.loop_time < busy_at:
             return
         busy = self.busy.get(record) or BusyTime(record, record.started, 2 * half)
         self.busy[record] = busy
-        if record.busy_at > 0:
-            busy.seconds = half + record.loop_time - record.busy_at - held
+        if busy_at > 0:
+            busy.seconds = half + record.loop_time - busy_at - held
             record.busy_at = -math.inf  # from now on each turn
         if now <= busy.ends:
             busy.add(held)
@@ -297,6 +319,9 @@ class LoopWatch:
         if record in self.busy:
             self.busy[record] = BusyTime(record, now, 2 * half)
             record.busy_at = record.loop_time + half
+
+    def _busy_at(self, record: RequestRecord) -> float:
+        return self.busy_after if record.busy_at is None else record.busy_at
 
     @_harmless
     def end_busy(self, record: RequestRecord) -> None:

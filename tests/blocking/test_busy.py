@@ -18,8 +18,8 @@ from asyncguard.blocking._busy import BusyTime, report_busy
 from asyncguard.blocking._hang import Hang
 from asyncguard.blocking._probes import running_loop
 from asyncguard.blocking._stall import Stall
-from asyncguard.blocking._steps import drive
 from asyncguard.blocking._watch import LoopWatch
+from tests.driving import driven
 
 if TYPE_CHECKING:
     from tests.conftest import TurnedClock
@@ -30,8 +30,8 @@ PIECE = 0.0625
 """A power of two: sums of it are exact."""
 
 
-def record(coroutine: Coroutine[Any, Any, Any] | None = None, busy_at: float = math.inf) -> RequestRecord:
-    found = RequestRecord({"type": "http", "method": "GET", "path": "/feed"}, 100.0, busy_at=busy_at)
+def record(coroutine: Coroutine[Any, Any, Any] | None = None) -> RequestRecord:
+    found = RequestRecord({"type": "http", "method": "GET", "path": "/feed"}, 100.0)
     found.coroutine = coroutine
     return found
 
@@ -152,11 +152,9 @@ async def watching(*ears: Ear) -> AsyncIterator[LoopWatch]:
 
 async def serve(watch: LoopWatch, work: Callable[[], Coroutine[Any, Any, None]], clock: TurnedClock) -> None:
     """What the middleware does with a request."""
-    served = RequestRecord(
-        {"type": "http", "method": "GET", "path": "/feed"}, clock.now, busy_at=watch.busy_after
-    )
+    served = RequestRecord({"type": "http", "method": "GET", "path": "/feed"}, clock.now)
     served.coroutine = work()
-    await drive(served.coroutine, served, watch)
+    await driven(served.coroutine, served, watch)
     watch.end_busy(served)
 
 

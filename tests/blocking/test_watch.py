@@ -27,8 +27,8 @@ from asyncguard.blocking._hang import Hang
 from asyncguard.blocking._load import LoopLoad
 from asyncguard.blocking._probes import running_loop
 from asyncguard.blocking._stall import Aftermath, Stall
-from asyncguard.blocking._steps import drive
 from asyncguard.blocking._watch import LoopWatch
+from tests.driving import driven
 
 if TYPE_CHECKING:
     from tests.conftest import TurnedClock
@@ -100,7 +100,7 @@ async def request(watch: LoopWatch, path: str, work: Callable[[], Awaitable[Any]
     async def app() -> None:
         await work()
 
-    await drive(app(), record(path), watch)
+    await driven(app(), record(path), watch)
 
 
 def labels(stall: Stall, culprit: str = "GET /culprit") -> set[str]:
@@ -322,7 +322,7 @@ async def behind(watch: LoopWatch, path: str, work: Callable[[], Coroutine[Any, 
             group.start_soon(work)
 
     try:
-        await drive(app(), its, watch)
+        await driven(app(), its, watch)
     finally:
         watch.in_flight.discard(its)
         current_request.reset(token)
@@ -657,9 +657,7 @@ async def test_threads_end_with_the_last_listener(clock: TurnedClock) -> None:
 
 async def pieces(watch: LoopWatch, clock: TurnedClock, *held: float, path: str = "/busy") -> RequestRecord:
     """A request, guarded as by the middleware, that has turns of so many seconds."""
-    record = RequestRecord(
-        {"type": "http", "method": "GET", "path": path}, clock.now, busy_at=watch.busy_after
-    )
+    record = RequestRecord({"type": "http", "method": "GET", "path": path}, clock.now)
 
     async def app() -> None:
         for seconds in held:
@@ -667,7 +665,7 @@ async def pieces(watch: LoopWatch, clock: TurnedClock, *held: float, path: str =
             await anyio.lowlevel.checkpoint()
 
     try:
-        await drive(app(), record, watch)
+        await driven(app(), record, watch)
     finally:
         watch.end_busy(record)
     return record
@@ -725,7 +723,7 @@ async def test_a_long_life_is_told_of_once_a_window_is_over(clock: TurnedClock) 
 async def test_a_window_that_was_quiet_is_followed_by_a_new_one(clock: TurnedClock) -> None:
     """Less than a tenth of each window: a websocket may do so for as long as it lives."""
     ear = Ear(busy_threshold=100.0)
-    record = RequestRecord({"type": "websocket", "path": "/feed"}, clock.now, busy_at=50.0)
+    record = RequestRecord({"type": "websocket", "path": "/feed"}, clock.now)
 
     async def app() -> None:
         for _ in range(40):
@@ -745,7 +743,7 @@ async def test_a_window_that_was_quiet_is_followed_by_a_new_one(clock: TurnedClo
 
         async with anyio.create_task_group() as group:
             group.start_soon(later)
-            await drive(coroutine, record, watch)
+            await driven(coroutine, record, watch)
         assert ear.busy == []
         assert len(watch.busy) == 1
         (busy,) = watch.busy.values()
@@ -830,7 +828,7 @@ async def test_a_hang_is_not_told_again_while_its_stall_is_taken_down(
 
     async with watching(ear) as (watch, _):
         held = record("/culprit")
-        await drive(block(), held, watch)
+        await driven(block(), held, watch)
         await anyio.sleep(0.01)
     assert len(ear.hangs) == 1
 

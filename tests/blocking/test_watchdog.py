@@ -319,13 +319,15 @@ def test_a_reading_that_took_too_long_is_no_beginning(
 
     def be_stopped(overslept: float) -> Reading:
         reading = take(overslept)
-        if threading.current_thread() is not me and kennel.probe.since is None:
+        if threading.current_thread() is not me and kennel.probe.since is None and waited:
             kennel.probe.since = start
             clock.turn(1.0)
         return reading._replace(resting_turns=int(clock.now - start) * 2)
 
-    kennel.wait()
+    waited = False
     monkeypatch.setattr(kennel.dog._vitals, "read", be_stopped)
+    kennel.wait()
+    waited = True
     kennel.wait()
     _, _, spent = kennel.dog.seen(start, clock.now, kennel.dog.read())
     assert spent.resting_turns == 2
