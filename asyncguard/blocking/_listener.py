@@ -48,7 +48,7 @@ class MonitorListener:
         self._log = log
 
     def hear_stall(self, stall: Stall) -> None:
-        innocent = excuse(stall, self.threshold)
+        innocent = excuse(stall, self.threshold, self.project_root)
         report = compose_gil(stall, self.project_root) if innocent == "gil" else None
         if innocent is None:
             report = compose(stall, self.threshold, self.project_root)

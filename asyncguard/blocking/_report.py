@@ -43,8 +43,13 @@ _numbers = itertools.count(1)
 Key = TypeVar("Key", bound=Hashable)
 
 
-def excuse(stall: Stall, threshold: float) -> Excuse | None:
+def excuse(stall: Stall, threshold: float, project_root: str | None) -> Excuse | None:
     """Whether there would have been no stall, had the system and other threads let this one run.
+
+    Args:
+        stall: The stall.
+        threshold: The shortest stall of interest, in seconds.
+        project_root: The directory whose files are the user's.
 
     Returns:
         `None` if there would have been one: the code is to blame.
@@ -62,14 +67,18 @@ def excuse(stall: Stall, threshold: float) -> Excuse | None:
         others = spent.process_cpu - spent.cpu
         if others >= duration / 2 and kept_waking(spent.turns, duration):
             return "gil"
-    if stall.turn is None and not any(sample.frames for sample in stall.samples):
-        return "unexplained"
-    return None
+    seen = stall.turn is not None or any(_frames_seen(sample, project_root) for sample in stall.samples)
+    return None if seen or _is_collection(stall, threshold) else "unexplained"
+
+
+def _is_collection(stall: Stall, threshold: float) -> bool:
+    """Whether there would have been no stall without the garbage collections on the loop's thread."""
+    return stall.duration - stall.spent.collecting < threshold
 
 
 def _cause(stall: Stall, threshold: float) -> Cause:
     spent = stall.spent
-    if stall.duration - spent.collecting < threshold:
+    if _is_collection(stall, threshold):
         return "gc"
     if spent.cpu is None:
         return "unknown"
@@ -211,9 +220,7 @@ class _Sight:
 
     @classmethod
     def of(cls, sample: Sample, weight: float, project_root: str | None) -> _Sight:
-        while sample.frames and _is_ours(sample.frames[0], project_root):
-            # The look may fall into asyncguard's own callback at a garbage collection.
-            sample = sample._replace(frames=sample.frames[1:])
+        sample = sample._replace(frames=_frames_seen(sample, project_root))
         for index, frame in enumerate(sample.frames):
             if is_user_code(frame.code.co_filename, project_root):
                 return cls(sample, weight, index, line_number(frame))
@@ -226,6 +233,14 @@ class _Sight:
     def frame(self) -> RawFrame:
         assert self.user is not None
         return self.sample.frames[self.user]
+
+
+def _frames_seen(sample: Sample, project_root: str | None) -> tuple[RawFrame, ...]:
+    """The frames of a look, from the first that is not asyncguard's on.
+
+    The look may fall into asyncguard's own callback at a garbage collection, or into its heartbeat.
+    """
+    return tuple(itertools.dropwhile(lambda frame: _is_ours(frame, project_root), sample.frames))
 
 
 def _is_ours(frame: RawFrame, project_root: str | None) -> bool:

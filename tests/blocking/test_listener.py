@@ -45,7 +45,7 @@ Tell = Callable[..., None]
 @pytest.fixture
 def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
     """Tells a listener of stalls that are to become given reports."""
-    monkeypatch.setattr(_listener, "excuse", lambda stall, threshold: None)
+    monkeypatch.setattr(_listener, "excuse", lambda stall, threshold, root: None)
     monkeypatch.setattr(_listener, "compose", lambda stall, threshold, project_root: stall)
 
     def tell(listener: MonitorListener, *reports: BlockReport) -> None:
@@ -70,7 +70,7 @@ def test_the_options_arrive_where_they_are_needed(monkeypatch: pytest.MonkeyPatc
     found = listener(threshold=0.25, hang_after=math.inf, on_hang="abort", project_root="/root")
     stall = cast(Stall, object())
     found.hear_stall(stall)
-    assert asked == [(stall, 0.25), (stall, 0.25, "/root")]
+    assert asked == [(stall, 0.25, "/root")] * 2
     assert (found.threshold, found.busy_threshold, found.hang_after, found.aborts) == (
         0.25,
         1.0,
@@ -141,7 +141,7 @@ def test_a_broken_hook_keeps_nothing_from_the_log(tell: Tell, caplog: pytest.Log
 def test_the_innocent_are_counted_and_not_reported(
     tell: Tell, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    monkeypatch.setattr(_listener, "excuse", lambda stall, threshold: reason)
+    monkeypatch.setattr(_listener, "excuse", lambda stall, threshold, root: reason)
     monkeypatch.setattr(_listener, "compose_gil", lambda stall, project_root: None)
     events: list[BlockReport] = []
     found = listener(on_block=events.append)
@@ -155,7 +155,7 @@ def test_the_innocent_are_counted_and_not_reported(
 def test_a_thread_whose_line_was_seen_is_reported(
     tell: Tell, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_listener, "excuse", lambda stall, threshold: "gil")
+    monkeypatch.setattr(_listener, "excuse", lambda stall, threshold, root: "gil")
     roots: list[str | None] = []
 
     def composed(stall: Stall, project_root: str | None) -> BlockReport:
@@ -178,7 +178,7 @@ def test_a_thread_whose_line_was_seen_is_reported(
 def test_only_who_was_kept_from_the_gil_blames_a_thread(
     tell: Tell, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    monkeypatch.setattr(_listener, "excuse", lambda stall, threshold: reason)
+    monkeypatch.setattr(_listener, "excuse", lambda stall, threshold, root: reason)
     monkeypatch.setattr(_listener, "compose_gil", lambda stall, project_root: stall)
     found = listener()
     tell(found, report())

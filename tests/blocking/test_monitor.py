@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import queue
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -100,6 +102,27 @@ async def test_a_stall_in_the_very_first_iteration(
         block_for(0.15)
         await anyio.sleep(0.01)
     assert [report.line and report.line.line for report in reports] == [marked("sleep")], monitor.excused
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("loop_goes_on", [True, False])
+async def test_the_hook_hears_of_a_stall_soon_after_its_end(loop_goes_on: bool) -> None:
+    """Most often: on a busy machine, threads may have to wait for a core."""
+    heard: queue.SimpleQueue[float] = queue.SimpleQueue()
+    waits = []
+    async with LoopMonitor(threshold=0.02, on_block=lambda _: heard.put(time.monotonic()), log=False):
+        for _ in range(5):
+            block_for(0.1)
+            ended = time.monotonic()
+            if (
+                not loop_goes_on
+            ):  # the next hold begins in the aftermath of the stall, and is longer than that
+                await anyio.lowlevel.checkpoint()
+                block_for(0.5)
+            waits.append(await anyio.to_thread.run_sync(heard.get, True, 30) - ended)
+            if not loop_goes_on:
+                await anyio.to_thread.run_sync(heard.get, True, 30)
+    assert statistics.median(waits) < 0.3
 
 
 @pytest.mark.anyio
