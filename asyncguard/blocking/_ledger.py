@@ -40,9 +40,13 @@ class BusySummary(NamedTuple):
     """What one route has held the loop for, in small pieces, since it was last told of."""
 
     request: str
-    starting: bool
     times: int
     total: float
+
+    @property
+    def starting(self) -> bool:
+        """`False`: no request is served while the application starts."""
+        return False
 
     def __str__(self) -> str:
         times = "once more" if self.times == 1 else f"{self.times} more times"
@@ -145,10 +149,8 @@ class Ledger:
         """
         with self._lock:
             before = self._busy.get(report.request)
-            _, _, count, total = before or BusySummary(report.request, False, -1, -report.loop_time)
-            self._busy[report.request] = BusySummary(
-                report.request, False, count + 1, total + report.loop_time
-            )
+            _, count, total = before or BusySummary(report.request, -1, -report.loop_time)
+            self._busy[report.request] = BusySummary(report.request, count + 1, total + report.loop_time)
             self._busy.move_to_end(report.request)
             if len(self._busy) > self.MOST_LINES:
                 self._busy.popitem(last=False)
@@ -165,7 +167,7 @@ class Ledger:
             for request, summary in self._busy.items():
                 if summary.times:
                     summaries.append(summary)
-                    self._busy[request] = BusySummary(request, False, 0, 0.0)
+                    self._busy[request] = BusySummary(request, 0, 0.0)
         return sorted(summaries, key=lambda summary: summary.total, reverse=True)
 
     def enter_excused(self, reason: Excuse) -> None:

@@ -284,9 +284,11 @@ def _note_callbacks(
     def later(schedule: Callable[..., Any], is_moment: bool) -> Callable[..., Any]:
         def noted(moment: Any, callback: Any, *arguments: Any, context: Context | None = None) -> Any:
             loop: Any = loop_is()
-            if type(callback) in _PYTHON and type(moment) in _NUMBERS:
-                now = _clock.monotonic()
-                due = now + moment - loop.time() if is_moment else now + moment
+            if type(callback) in _PYTHON:
+                due = None
+                if type(moment) in _NUMBERS:  # else it is for the loop to say whether that is one
+                    now = _clock.monotonic()
+                    due = now + moment - loop.time() if is_moment else now + moment
                 callback = noting(callback, context, due)
             if not arguments:
                 return schedule(loop, moment, callback, context=context)

@@ -104,6 +104,7 @@ class BlockingMiddleware:
             running = self.app(scope, receive, send)
             if type(running) is CoroutineType or isinstance(running, Coroutine):
                 record.coroutine = running
+                # The first turn, which is most often the only one.
                 steps = running.__await__()
                 outer, watch.turn = watch.turn, record
                 if watch.aftermath is not None:
@@ -127,7 +128,7 @@ class BlockingMiddleware:
                 current_request.reset(token)
             except ValueError:
                 pass
-            # Hardly ever has a request left anything behind that could ask for it.
+            # What it has left behind may ask for it: a task, or a timer such as the server's own.
             if getrefcount(record) > _ALONE:
                 record.finish()
 

@@ -206,7 +206,10 @@ class LoopMonitor:
 
     async def stop(self) -> None:
         """Stop watching the running loop, and wait up to 2 s until the last reports are out."""
-        watch = _watches.get(running_loop())
+        try:
+            watch = _watches.get(running_loop())
+        except RuntimeError:
+            return  # a forked child leaves a block of its parent's: what it raises must come through
         if watch is None:
             return
         heard = self._leave(watch)

@@ -64,7 +64,10 @@ def excuse(stall: Stall, threshold: float, project_root: str | None) -> Excuse |
         stopped = spent.resting_turns > 0 or not kept_waking(spent.watchdog_turns, spent.overslept)
         if duration - spent.overslept < threshold and stopped:
             return "suspended"
+        # Others computed for most of the time, or kept the watchdog from the GIL as well.
         others = spent.process_cpu - spent.cpu
+        if kept_waking(spent.watchdog_turns, spent.overslept):
+            others = max(others, spent.overslept)
         if others >= duration / 2 and kept_waking(spent.turns, duration):
             return "gil"
     seen = stall.turn is not None or any(_frames_seen(sample, project_root) for sample in stall.samples)

@@ -207,6 +207,7 @@ class LoopWatch:
 
     # -- on the loop's thread --------------------------------------------------------------------
 
+    @_harmless
     def note_turn(self, record: RequestRecord) -> None:
         """A turn of `record`'s has begun right after a stall."""
         aftermath = self.aftermath  # asked for once: the watchdog may close it

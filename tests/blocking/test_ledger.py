@@ -131,12 +131,12 @@ def test_busy_requests_are_summed_up_by_their_route() -> None:
     ]
     assert firsts == [True, False, False, True]
     assert ledger.untold() == [
-        BusySummary("GET /feed", False, 2, 6.0),
+        BusySummary("GET /feed", 2, 6.0),
         Summary(place(1), False, 1, 3.0, 3.0, 0),
     ]
     assert ledger.untold() == []
     assert not ledger.enter_busy(busy(loop_time=1.5))
-    assert ledger.untold() == [BusySummary("GET /feed", False, 1, 1.5)]
+    assert ledger.untold() == [BusySummary("GET /feed", 1, 1.5)]
     # They are no stalls.
     assert sum(ledger.stalls().counts) == 2
     assert len(ledger.lines()) == 1
@@ -158,11 +158,11 @@ def test_busy_requests_are_summed_up_by_their_route() -> None:
             "Code that could not be seen blocked the loop once more, for 0.25 s in all; 7 requests waited",
         ),
         (
-            BusySummary("GET /feed", False, 1, 1.5),
+            BusySummary("GET /feed", 1, 1.5),
             "GET /feed held the loop in small pieces once more, for 1.50 s in all",
         ),
         (
-            BusySummary("GET /feed", False, 2, 3.0),
+            BusySummary("GET /feed", 2, 3.0),
             "GET /feed held the loop in small pieces 2 more times, for 3.00 s in all",
         ),
     ],

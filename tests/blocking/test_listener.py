@@ -282,7 +282,7 @@ def test_the_minutes_summary(tell: Tell, caplog: pytest.LogCaptureFixture) -> No
     one = SourceLine("app.py", 1, "f")
     summaries = [
         Summary(one, False, 2, 5.0, 3.0, 0),
-        BusySummary("GET /feed", False, 1, 1.5),
+        BusySummary("GET /feed", 1, 1.5),
         Summary(one, True, 1, 0.5, 0.5, 0),
     ]
     assert [record.getMessage() for record in caplog.records] == [str(summary) for summary in summaries]

@@ -513,6 +513,35 @@ def test_a_forked_child_watches_anew(tmp_path: Path, kind: str) -> None:
     run_program(tmp_path, program.replace("FACTORY", FACTORIES[kind]))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_forked_child_may_leave_the_block(tmp_path: Path, kind: str) -> None:
+    """What ends it comes through."""
+    program = """
+    import asyncio, os, uvloop, warnings
+    from asyncguard import LoopMonitor
+
+    warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads, from 3.12 on
+
+    async def main():
+        pid = None
+        try:
+            async with LoopMonitor(log=False):
+                await asyncio.sleep(0.01)
+                pid = os.fork()
+                if pid == 0:
+                    raise SystemExit(7)
+        except BaseException as error:
+            os._exit(error.code if type(error) is SystemExit and pid == 0 else 1)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 7
+
+    with asyncio.Runner(loop_factory=FACTORY) as runner:
+        runner.run(main())
+    """
+    run_program(tmp_path, program.replace("FACTORY", FACTORIES[kind]))
+
+
 # At that time Python 3.12 starts no thread any more.
 @pytest.mark.parametrize("kind", LOOPS)
 def test_the_last_iteration_of_a_loop_that_is_never_closed(tmp_path: Path, kind: str) -> None:

@@ -779,6 +779,18 @@ INTERVAL = sys.getswitchinterval()
         # Other threads computed, and this one woke again and again to ask for the GIL.
         ({"cpu": 0.1, "process_cpu": 0.9, "turns": int(1 / INTERVAL)}, "gil"),
         ({"cpu": 0.1, "process_cpu": 0.9, "turns": 3}, None),
+        # Other processes left them little of the cores, but the watchdog waited for the GIL as well.
+        (
+            {
+                "cpu": 0.1,
+                "process_cpu": 0.4,
+                "turns": int(1 / INTERVAL),
+                "overslept": 0.6,
+                "watchdog_turns": int(0.6 / INTERVAL),
+            },
+            "gil",
+        ),
+        ({"cpu": 0.1, "process_cpu": 0.4, "turns": int(1 / INTERVAL), "overslept": 0.6}, None),
         ({"cpu": 0.1, "process_cpu": 0.5, "turns": int(1 / INTERVAL)}, None),
         ({"cpu": 0.3, "process_cpu": 2.0, "turns": int(1 / INTERVAL)}, None),
     ],
