@@ -61,8 +61,14 @@ def excuse(stall: Stall, threshold: float, project_root: str | None) -> Excuse |
     if spent.cpu is not None and spent.cpu < duration / 4:
         # A call in C that waits without giving the GIL up keeps the watchdog from its look as well, but
         # not from waking. Yet it may have woken often before a stop, when it waited for a busy loop's GIL.
-        stopped = spent.resting_turns > 0 or not kept_waking(spent.watchdog_turns, spent.overslept)
-        if duration - spent.overslept < threshold and stopped:
+        if spent.resting_turns > 0:
+            # It was stopped for sure. For up to a nap of the watchdog's, that did not make it late.
+            stopped = duration - spent.overslept < 2 * threshold
+        else:
+            stopped = duration - spent.overslept < threshold and not kept_waking(
+                spent.watchdog_turns, spent.overslept
+            )
+        if stopped:
             return "suspended"
         # Others computed for most of the time, or kept the watchdog from the GIL as well.
         others = spent.process_cpu - spent.cpu

@@ -774,7 +774,9 @@ INTERVAL = sys.getswitchinterval()
         ({"overslept": 0.95, "watchdog_turns": 1}, "suspended"),
         # That may also have been before a stop. But a thread that rests has turns in a stop only.
         ({"overslept": 0.95, "watchdog_turns": int(0.95 / INTERVAL), "resting_turns": 2}, "suspended"),
-        ({"overslept": 0.8, "watchdog_turns": 1, "resting_turns": 2}, None),
+        ({"overslept": 0.81, "watchdog_turns": 1, "resting_turns": 2}, "suspended"),  # it napped when stopped
+        ({"overslept": 0.81, "watchdog_turns": 1}, None),
+        ({"overslept": 0.79, "watchdog_turns": 1, "resting_turns": 2}, None),
         ({"overslept": 0.95, "cpu": None}, None),
         # Other threads computed, and this one woke again and again to ask for the GIL.
         ({"cpu": 0.1, "process_cpu": 0.9, "turns": int(1 / INTERVAL)}, "gil"),
