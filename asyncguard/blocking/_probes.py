@@ -202,29 +202,21 @@ class SelectorProbe:
         load = watch.load
 
         def select(timeout: float | None = None) -> Any:
-            since = self._held_since
-            if since is None:  # the loop runs again after a pause; or it is watched no more
-                return wait(timeout, monotonic()) if self._attached else original(timeout)
-            now = monotonic()
-            held = now - since
-            load.busy += held
-            load.delay += held * held / 2
-            if held >= watch.threshold:
-                since = max(since, watch.stalled_until)
-                if now - since >= watch.threshold:
-                    watch.stalled(since, now)
-            if watch.aftermath is not None:
-                watch.settle()
-            # Neither is set before: the watchdog forgets what it saw as soon as nothing holds the loop, or
-            # something else does.
-            if timeout == 0:
-                self._held_since = now
+            if not self._attached:
                 return original(timeout)
-            return wait(timeout, now)
-
-        def wait(timeout: float | None, began: float) -> Any:
+            now = monotonic()
+            since = self._held_since
+            if since is not None:
+                held = now - since
+                load.busy += held
+                load.delay += held * held / 2
+                if held >= watch.threshold and now - max(since, watch.stalled_until) >= watch.threshold:
+                    watch.stalled(max(since, watch.stalled_until), now)
+                if watch.aftermath is not None:
+                    watch.settle()
+            # Not before: the watchdog forgets what it saw as soon as nothing holds the loop.
             self._held_since = None
-            if watch.aftermath is not None:
+            if watch.aftermath is not None and (timeout is None or timeout > 0):
                 # Nothing is ready but what the poll brings. If it brings nothing at once, nobody
                 # else was waiting, and the aftermath is over before the loop goes to sleep.
                 if events := original(0):
@@ -235,12 +227,12 @@ class SelectorProbe:
                 return original(timeout)
             finally:
                 if self._attached:
-                    self._held_since = now = monotonic()
-                    if now - began >= watch.threshold:
-                        watch.note_long_poll(began, now)
+                    self._held_since = after = monotonic()
+                    if after - now >= watch.threshold:
+                        watch.note_long_poll(now, after)
                     if self._resting:
                         self._resting = False
-                        watch.wake(now)
+                        watch.wake(after)
 
         return select
 
