@@ -215,9 +215,9 @@ class Watchdog:
         # Not in the middle of a hold: what it has cost so far would be forgotten.
         elif since is None or (since != self._held_before and held < half):
             reading = self._vitals.read(self._overslept)
-            # Nor if this thread was held up meanwhile: there may be a hold by now, and what it has cost in
-            # the last of the numbers.
-            if _clock.monotonic() - woken < half and not self._still:
+            # Nor if this thread was held up for as long as a stall meanwhile: there may be one by now, and
+            # what it has cost in the last of the numbers. For less it often is: each lets the GIL go.
+            if _clock.monotonic() - woken < watch.threshold and not self._still:
                 self._set_baseline(reading)
             cpu = reading.cpu
             # Reading lets the GIL go. A call in C that came meanwhile has just returned: look at once.

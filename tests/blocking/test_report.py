@@ -776,11 +776,22 @@ INTERVAL = sys.getswitchinterval()
         ({"overslept": 0.95, "watchdog_turns": int(0.95 / INTERVAL), "resting_turns": 2}, "suspended"),
         ({"overslept": 0.81, "watchdog_turns": 1, "resting_turns": 2}, "suspended"),  # it napped when stopped
         ({"overslept": 0.81, "watchdog_turns": 1}, None),
+        # It may have computed before, in the part of the window that the stall is not in.
+        ({"at": 1.5, "cpu": 0.5, "overslept": 0.95, "watchdog_turns": 1, "resting_turns": 2}, "suspended"),
+        ({"at": 1.5, "cpu": 0.75, "overslept": 0.95, "watchdog_turns": 1, "resting_turns": 2}, None),
         ({"overslept": 0.79, "watchdog_turns": 1, "resting_turns": 2}, None),
         ({"overslept": 0.95, "cpu": None}, None),
         # Other threads computed, and this one woke again and again to ask for the GIL.
         ({"cpu": 0.1, "process_cpu": 0.9, "turns": int(1 / INTERVAL)}, "gil"),
         ({"cpu": 0.1, "process_cpu": 0.9, "turns": 3}, None),
+        # In one that began after it, all of that; but not if that is hardly anything.
+        ({"at": 0.5, "cpu": 0.1, "process_cpu": 0.45, "turns": int(0.5 / INTERVAL)}, "gil"),
+        ({"at": 0.2, "cpu": 0.0, "process_cpu": 0.2, "turns": int(1 / INTERVAL)}, None),
+        # In a window that began before the stall, it all counts.
+        ({"at": 4.0, "cpu": 0.3, "process_cpu": 3.0, "turns": int(4 / INTERVAL)}, None),
+        ({"at": 4.0, "cpu": 0.2, "process_cpu": 2.3, "turns": int(4 / INTERVAL)}, "gil"),
+        ({"at": 4.0, "cpu": 0.2, "process_cpu": 2.1, "turns": int(4 / INTERVAL)}, None),
+        ({"at": 4.0, "cpu": 0.2, "process_cpu": 2.3, "turns": int(1 / INTERVAL) - 1}, None),
         # Other processes left them little of the cores, but the watchdog waited for the GIL as well.
         (
             {
