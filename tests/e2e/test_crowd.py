@@ -312,9 +312,9 @@ def test_of_a_thousand_in_flight_those_who_were_due_are_victims(crowd: Crowd, du
         for connection in connections[due:]:
             assert connection.receive().json() == "through"
 
-    # On a slow machine, so many that go on at once may be a stall as well.
+    # On a slow machine, so many that go on at once may be a stall as well, of their route or of nobody.
     report, *crowds = recorded.reports
-    assert {crowd.request for crowd in crowds} <= {"GET /parked-and-due/{gate}"}, str(recorded)
+    assert {crowd.request for crowd in crowds} <= {"GET /parked-and-due/{gate}", None}, str(recorded)
     assert_accused(report, "GET /block/{gate}", "gate")
     assert [victim.request for victim in report.victims] == ["GET /parked-and-due/{gate}"] * due
     assert all(victim.waited >= STALL for victim in report.victims)
