@@ -25,11 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from benchmarks.apps import LEFT_OUT, VARIANTS, Variant
@@ -308,11 +307,11 @@ def _show_in_process(results: Results) -> list[Budget]:
 def _measure_imports(results: Results, times: int) -> None:
     """Measure it as it is after an installation, for which pip compiles every module."""
     with tempfile.TemporaryDirectory(prefix="asyncguard-bench-") as compiled:
-        env = {"PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
+        environment = {"PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
         try:
-            _output_of(["-c", _IMPORT], env)
+            _output_of(["-c", _IMPORT], **environment)
             for _ in range(times):
-                results.imports.append(1000 * float(_output_of(["-c", _IMPORT], env)))
+                results.imports.append(1000 * float(_output_of(["-c", _IMPORT], **environment)))
         except Failed as failure:
             results.failures.append(str(failure))
 
@@ -327,11 +326,11 @@ def _show_imports(results: Results) -> list[Budget]:
     return [Budget("import after FastAPI", MOST_IMPORT, spread.median, " ms")]
 
 
-def _output_of(arguments: list[str], env: Mapping[str, str] = MappingProxyType({})) -> Any:
+def _output_of(arguments: list[str], **environment: str) -> Any:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=_ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "0", **env},
+        env={**os.environ, "PYTHONHASHSEED": "0", **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -55,6 +55,7 @@ def excuse(stall: Stall, threshold: float, project_root: str | None) -> Excuse |
         `None` if there would have been one: the code is to blame.
     """
     duration, spent = stall.duration, stall.spent
+    cpu = math.inf if spent.cpu is None else spent.cpu  # unknown: as if it had computed all the time
     # The window may have begun before the stall: only what cannot have been before it counts.
     before = max(0.0, spent.at - duration)
     if duration - max(0.0, spent.queued - before) < threshold:
@@ -62,19 +63,18 @@ def excuse(stall: Stall, threshold: float, project_root: str | None) -> Excuse |
     # It was stopped for sure if the resting thread woke. For up to a nap of the watchdog's, that did not make
     # it late.
     stopped = spent.resting_turns > 0 and duration - spent.overslept < 2 * threshold
-    if spent.cpu is not None and stopped and spent.cpu - before < duration / 4:
+    if stopped and cpu - before < duration / 4:
         return "suspended"
     # A call in C that waits without giving the GIL up keeps the watchdog from its look as well, but not from
     # waking.
     kept = kept_waking(spent.watchdog_turns, spent.overslept)
-    late = duration - spent.overslept < threshold
-    if spent.cpu is not None and spent.cpu < duration / 4 and late and not kept:
+    if cpu < duration / 4 and duration - spent.overslept < threshold and not kept:
         return "suspended"
     # Others computed for most of the window, or kept the watchdog from the GIL as well. The window may also
     # have begun after the stall: too little of it says nothing.
     window = spent.at if spent.at >= duration / 4 else duration
-    if spent.cpu is not None and spent.cpu < max(duration / 4, min(threshold, window / 4)):
-        others = max(spent.process_cpu - spent.cpu, spent.overslept if kept else 0.0)
+    if cpu < max(duration / 4, min(threshold, window / 4)):
+        others = max(spent.process_cpu - cpu, spent.overslept if kept else 0.0)
         if others >= window / 2 and kept_waking(spent.turns, window):
             return "gil"
     seen = stall.turn is not None or any(_frames_seen(sample, project_root) for sample in stall.samples)
