@@ -23,7 +23,7 @@ from asyncguard.blocking._lookups import keep_requests, moved_requests, ready_re
 if TYPE_CHECKING:
     from asyncguard.blocking._watch import LoopWatch
 
-__all__ = ["HeartbeatProbe", "Probe", "SelectorProbe", "attach_probe", "running_loop"]
+__all__ = ["HeartbeatProbe", "Probe", "SelectorProbe", "attach_probe", "kind_of", "running_loop"]
 
 _NEVER = float("inf")
 _LONGEST_INTERVAL = 60.0
@@ -115,6 +115,14 @@ def running_loop() -> Any:
 
         return trio.lowlevel.current_trio_token()
     raise RuntimeError("no event loop runs in this thread")
+
+
+def kind_of(loop: Any) -> str:
+    """What a person calls this kind of loop: ``asyncio.UnixSelectorEventLoop``, ``uvloop.Loop``, ``trio``."""
+    package = type(loop).__module__.partition(".")[0]
+    if not isinstance(loop, asyncio.AbstractEventLoop):
+        return package
+    return f"{package}.{type(loop).__qualname__.lstrip('_')}"
 
 
 def attach_probe(watch: LoopWatch, loop: Any) -> Probe:

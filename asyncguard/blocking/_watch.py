@@ -24,7 +24,7 @@ from asyncguard.blocking._busy import BusyTime
 from asyncguard.blocking._hang import Hang, abort, is_debugged, look_at_threads
 from asyncguard.blocking._load import LoopLoad
 from asyncguard.blocking._lookups import CollectorHeld, due_timers, running_request
-from asyncguard.blocking._probes import Probe, attach_probe
+from asyncguard.blocking._probes import Probe, attach_probe, kind_of
 from asyncguard.blocking._reporter import Reporter
 from asyncguard.blocking._stall import Aftermath, LongTurn, Stall
 from asyncguard.blocking._vitals import Reading
@@ -56,14 +56,6 @@ def _harmless(
                 logger.exception("asyncguard failed to see a stall; further failures are not logged")
 
     return guarded
-
-
-def _kind_of(loop: Any) -> str:
-    """What a person calls this kind of loop: ``asyncio.UnixSelectorEventLoop``, ``uvloop.Loop``, ``trio``."""
-    package = type(loop).__module__.partition(".")[0]
-    if not isinstance(loop, asyncio.AbstractEventLoop):
-        return package
-    return f"{package}.{type(loop).__qualname__.lstrip('_')}"
 
 
 class Listener(Protocol):
@@ -132,7 +124,7 @@ class LoopWatch:
         self.load: LoopLoad = LoopLoad(_clock.monotonic())
         self.loop: Callable[[], Any] = weakref.ref(loop)
         self.active: bool = True
-        self._kind = _kind_of(loop)
+        self._kind = kind_of(loop)
         self._listeners: dict[weakref.ref[Listener], None] = {}
         self._hang_began = -math.inf
         self._told_of_hang: set[weakref.ref[Listener]] = set()
