@@ -192,10 +192,11 @@ def compose_gil(stall: Stall, project_root: str | None) -> BlockReport | None:
 def _is_fan_out(pieces: int, sights: Sequence[_Sight]) -> bool:
     """Whether many short callbacks of one request made up the stall.
 
-    A long one would be seen again and again. Those of many requests are just a crowd.
+    A long one would be seen again and again; and of two looks, one may have caught what came right before or
+    after it. Those of many requests are just a crowd.
     """
     one = _majority((sight.sample.record, sight.weight) for sight in sights) is not None
-    return one and pieces > 1 and pieces > len(sights) / 2
+    return one and pieces > 2 and pieces > len(sights) / 2
 
 
 class _Weighed(NamedTuple):
