@@ -225,6 +225,7 @@ def test_call_in_c_that_keeps_the_gil_from_an_idle_loop_is_reported(quiet: Quiet
     """The loop rests in its poll when the call begins, and then gets a request, but not the interpreter."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
+    missed = 0
     for _ in range(10):
         with quiet.recording.during(quiet.port) as recorded, ExitStack() as stack:
             encoding, waiting = [stack.enter_context(Connection(quiet.port)) for _ in range(2)]
@@ -236,8 +237,11 @@ def test_call_in_c_that_keeps_the_gil_from_an_idle_loop_is_reported(quiet: Quiet
             assert waiting.receive().status == 200
             waited = time.monotonic() - sent
             held = encoding.receive().json()
-        if waited >= held / 2:
-            break  # else the request was answered before the call began
+        if waited < held / 2:
+            continue  # the request was answered before the call began
+        if recorded.reports or missed == 2:
+            break
+        missed += 1  # what others on the machine may have caused is blamed on nobody
     else:
         pytest.fail("no request came during the call")
     report = recorded.only
