@@ -7,6 +7,7 @@ Or, without a change to the application: ``asyncguard run main:app``.
 """
 
 from asyncguard._install import guard, install
+from asyncguard._request import remaining
 from asyncguard.blocking import BlockingMiddleware, LoopMonitor
 from asyncguard.errors import AppNotLoaded, AsyncguardError
 from asyncguard.events import (
@@ -20,9 +21,11 @@ from asyncguard.events import (
     StackSample,
     StallHistogram,
     ThreadStack,
+    TimeoutReport,
     Victim,
     Windows,
 )
+from asyncguard.timeouts import TimeoutMiddleware, abandoned, timeout
 
 __all__ = [
     "Advice",
@@ -39,8 +42,13 @@ __all__ = [
     "StackSample",
     "StallHistogram",
     "ThreadStack",
+    "TimeoutMiddleware",
+    "TimeoutReport",
     "Victim",
     "Windows",
+    "abandoned",
     "guard",
     "install",
+    "remaining",
+    "timeout",
 ]

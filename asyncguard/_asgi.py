@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+from collections.abc import Iterable
+from http import HTTPStatus
 from types import FunctionType, MethodType
 
-__all__ = ["checked_app", "is_asgi_app", "is_factory"]
+from starlette.types import Message, Receive, Scope, Send
+
+__all__ = ["ProblemAnswer", "checked_app", "is_asgi_app", "is_factory"]
 
 
 def is_asgi_app(app: object) -> bool:
@@ -42,3 +47,38 @@ def checked_app(app: object, *, called_by: str) -> None:
     if not is_asgi_app(app):
         hint = "; call the factory and pass what it returns" if is_factory(app) else ""
         raise TypeError(f"{called_by} takes an ASGI application, not {app!r}{hint}")
+
+
+class ProblemAnswer:
+    """An ASGI application that answers every request with the same problem, as RFC 9457 has it.
+
+    Args:
+        status: The HTTP status code.
+        detail: What is wrong, for a person to read.
+        headers: More headers.
+    """
+
+    def __init__(self, status: int, detail: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        problem = {"type": "about:blank", "title": _phrase(status), "status": status, "detail": detail}
+        self._body = json.dumps(problem).encode()
+        self._start: Message = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (b"content-type", b"application/problem+json"),
+                (b"content-length", str(len(self._body)).encode()),
+                *headers,
+            ],
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Middlewares add to what they pass on.
+        await send({**self._start, "headers": list(self._start["headers"])})
+        await send({"type": "http.response.body", "body": self._body})
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return f"HTTP {status}"

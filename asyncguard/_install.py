@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Literal, TypedDict, Unpack
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from asyncguard._asgi import checked_app
-from asyncguard._options import checked_seconds
+from asyncguard._options import checked_answer, checked_error_status, checked_seconds
 from asyncguard.blocking import SHORTEST_THRESHOLD, BlockingMiddleware, LoopMonitor
-from asyncguard.events import BlockReport, BusyReport, HangReport
+from asyncguard.events import BlockReport, BusyReport, HangReport, TimeoutReport
+from asyncguard.timeouts import InnerLayer, TimeoutMiddleware
 
 __all__ = ["guard", "install"]
 
@@ -27,6 +29,15 @@ def install(
     on_block: Callable[[BlockReport], object] | None = None,
     on_busy: Callable[[BusyReport], object] | None = None,
     project_root: str | os.PathLike[str] | None = None,
+    timeout: float | None = None,
+    idle_timeout: float | None = 60.0,
+    body_timeout: float | None = 30.0,
+    timeout_grace: float = 5.0,
+    timeout_status_code: int = 504,
+    timeout_answer: ASGIApp | None = None,
+    deadline_header: str | None = None,
+    cancel_on_disconnect: bool = False,
+    on_timeout: Callable[[TimeoutReport], object] | None = None,
     log: bool = True,
 ) -> None:
     """Guard a Starlette or FastAPI application, in place.
@@ -48,7 +59,18 @@ def install(
         on_busy: Called with each `BusyReport`, in the same way.
         project_root: The directory whose files are yours. By default, everything that is neither in
             the standard library nor in a ``site-packages`` folder.
-        log: Whether to log to ``asyncguard.blocking``.
+        timeout: In how many seconds each response has to begin. `None` switches request timeouts off, all of
+            the following and `@timeout` included.
+        idle_timeout: For how many seconds a response that has begun may be silent. `None` for any time.
+        body_timeout: For how many seconds a client may be silent while its body is waited for. `None` for any
+            time.
+        timeout_grace: After how many seconds what was cancelled and still runs is cancelled again.
+        timeout_status_code: The status of the answer to a request that ran out of time.
+        timeout_answer: An ASGI application, such as a Starlette `Response`, that gives that answer.
+        deadline_header: The name of a header in which callers say for how many seconds they will wait.
+        cancel_on_disconnect: Whether to cancel a handler when its client leaves.
+        on_timeout: Called with each `TimeoutReport`, on a thread of its own.
+        log: Whether to log to ``asyncguard.blocking`` and ``asyncguard.timeouts``.
 
     Raises:
         TypeError: If `app` is neither a Starlette nor a FastAPI application, or an option is of the
@@ -68,7 +90,21 @@ def install(
     build = app.build_middleware_stack
     if isinstance(build, _GuardedStack):
         raise RuntimeError(f"install() was called twice for {app!r}; pass all options in one call")
-    outermost = _blocking(
+    timeouts = TimeoutMiddleware(
+        app.router,
+        timeout=timeout,
+        idle_timeout=idle_timeout,
+        body_timeout=body_timeout,
+        grace=checked_seconds("timeout_grace", timeout_grace),
+        status_code=checked_error_status("timeout_status_code", timeout_status_code),
+        answer=checked_answer("timeout_answer", timeout_answer),
+        deadline_header=deadline_header,
+        cancel_on_disconnect=cancel_on_disconnect,
+        on_timeout=on_timeout,
+        project_root=project_root,
+        log=log,
+    )
+    blocking = _blocking(
         app.router,
         block_threshold,
         busy_threshold=busy_threshold,
@@ -79,8 +115,9 @@ def install(
         project_root=project_root,
         log=log,
     )
-    if outermost is not None:
-        app.build_middleware_stack = _GuardedStack(build, outermost)  # type: ignore[method-assign]
+    if blocking is not None or timeout is not None:
+        stack = _GuardedStack(app, blocking, timeouts if timeout is not None else None)
+        app.build_middleware_stack = stack  # type: ignore[method-assign]
 
 
 def guard(
@@ -136,10 +173,29 @@ class _GuardedStack:
     made at once, so that its options are checked where they were written.
     """
 
-    def __init__(self, build: Callable[[], ASGIApp], outermost: BlockingMiddleware) -> None:
-        self._build = build
-        self._outermost = outermost
+    def __init__(
+        self, app: Starlette, blocking: BlockingMiddleware | None, timeouts: TimeoutMiddleware | None
+    ) -> None:
+        self._app = app
+        self._build = app.build_middleware_stack
+        self._blocking = blocking
+        self._timeouts = timeouts
 
     def __call__(self) -> ASGIApp:
-        self._outermost.app = self._build()
-        return self._outermost
+        app, blocking, timeouts = self._app, self._blocking, self._timeouts
+        if timeouts is None:
+            stack = self._build()
+        else:
+            # The innermost of the application's middlewares, for as long as they are put together.
+            own = app.user_middleware
+            app.user_middleware = [*own, Middleware(InnerLayer)]
+            try:
+                timeouts.app = self._build()
+            finally:
+                app.user_middleware = own
+            timeouts.has_inner_layer = True
+            stack = timeouts
+        if blocking is None:
+            return stack
+        blocking.app = stack
+        return blocking

@@ -6,10 +6,23 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-__all__ = ["checked_choice", "checked_directory", "checked_flag", "checked_hook", "checked_seconds"]
+from starlette.types import ASGIApp
+
+from asyncguard._asgi import is_asgi_app
+
+__all__ = [
+    "checked_answer",
+    "checked_choice",
+    "checked_directory",
+    "checked_error_status",
+    "checked_flag",
+    "checked_hook",
+    "checked_seconds",
+]
 
 
 def checked_seconds(option: str, value: object, *, minimum: float = 0.0) -> float:
@@ -71,6 +84,33 @@ def checked_hook(option: str, value: Callable[..., Any] | None) -> None:
             f"{option} must be a plain function, not the coroutine function {value!r}: "
             "it is called on a thread of its own, outside any event loop"
         )
+
+
+def checked_error_status(option: str, value: object) -> int:
+    """The HTTP status code of an error.
+
+    Raises:
+        TypeError: If `value` is no integer.
+        ValueError: If no error has that status.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{option} must be an HTTP status code, not {value!r}")
+    if value < 400 or value not in set(HTTPStatus):
+        raise ValueError(f"{option} must be the HTTP status code of an error, such as 504, not {value!r}")
+    return int(value)
+
+
+def checked_answer(option: str, value: ASGIApp | None) -> ASGIApp | None:
+    """An ASGI application that answers requests, or `None`.
+
+    Raises:
+        TypeError: If `value` is no ASGI application.
+    """
+    if value is not None and not is_asgi_app(value):
+        raise TypeError(
+            f"{option} must be an ASGI application, such as a Starlette Response, or None, not {value!r}"
+        )
+    return value
 
 
 def checked_directory(option: str, value: str | os.PathLike[str] | None) -> str | None:

@@ -10,17 +10,37 @@ from __future__ import annotations
 import math
 from collections.abc import Coroutine, Mapping
 from contextvars import ContextVar
-from typing import Any
+from sys import getrefcount
+from typing import Any, Protocol
 from uuid import UUID
 
 from asyncguard import _clock
 
-__all__ = ["SCOPE_KEY", "RequestRecord", "current_request"]
+__all__ = ["ALONE", "SCOPE_KEY", "Deadline", "RequestRecord", "current_request", "remaining"]
 
 SCOPE_KEY = "asyncguard.request"
 
 current_request: ContextVar[RequestRecord | None] = ContextVar("asyncguard.request", default=None)
 """The request that the running code works for, or `None`."""
+
+
+def _references_to_local() -> int:
+    thing = object()
+    return getrefcount(thing)
+
+
+ALONE = _references_to_local()
+"""How many references there are to what only a local variable refers to, as this Python counts them."""
+
+
+class Deadline(Protocol):
+    """By when a request is to be answered. Both methods may be called from any thread."""
+
+    def left(self) -> float:
+        """Seconds that are left, 0 at least; plus infinity once they do not count any more."""
+
+    def retune(self, seconds: float | None) -> None:
+        """Give the request this many seconds in all; `None` for any time."""
 
 
 class RequestRecord:
@@ -35,6 +55,8 @@ class RequestRecord:
         finished_at: When the request ended; plus infinity before that.
         coroutine: The application's coroutine, while the request is in flight.
         receive: What the server gave for receiving, while the request is in flight.
+        limited: Whether its endpoint has been called and has set a limit of its own.
+        deadline: By when it is to be answered, where it is guarded by timeouts and in flight.
         arrived: When its data reached this machine, where that was asked for and is known.
         turn_since: When its last turn on the loop began.
         busy_at: From which `loop_time` on its turns are to be added up; plus infinity for never, `None` for
@@ -47,6 +69,8 @@ class RequestRecord:
     coroutine: Coroutine[Any, Any, Any] | None = None
     busy_at: float | None = None
     arrived: float | None = None
+    deadline: Deadline | None = None
+    limited: bool = False
 
     _kept: tuple[Any, ...] = ()
 
@@ -65,7 +89,7 @@ class RequestRecord:
             self._kept = tuple(map(self._scope.get, _KEPT))
             self._scope = None
         self.finished_at = _clock.monotonic()
-        self.coroutine = self.receive = None
+        self.coroutine = self.receive = self.deadline = None
 
     def __deepcopy__(self, memo: object) -> RequestRecord:
         """The same record: a copied scope is still of the same request."""
@@ -113,6 +137,21 @@ class RequestRecord:
             path = full_template(path, template, scope.get("path_params") or {})
         label = f"{method} {path}"
         return label[:200] if label.isprintable() else _escaped(label[:200])
+
+
+def remaining() -> float:
+    """How many seconds the current request has left until it must have been answered.
+
+    In a request it may be called anywhere: in the endpoint, its dependencies, the tasks that it started and
+    its worker threads.
+
+    Returns:
+        The seconds that are left, 0 at least. Plus infinity outside a request, in one without a limit, and
+        once the response has begun.
+    """
+    record = current_request.get()
+    deadline = record.deadline if record is not None else None
+    return math.inf if deadline is None else deadline.left()
 
 
 _KEPT = (

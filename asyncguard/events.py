@@ -17,6 +17,8 @@ __all__ = [
     "StackSample",
     "StallHistogram",
     "ThreadStack",
+    "TimeoutClock",
+    "TimeoutReport",
     "Victim",
     "Windows",
 ]
@@ -25,6 +27,10 @@ Cause = Literal["cpu", "waiting", "gc", "gil", "unknown"]
 """Why the loop was blocked: a line computed (`cpu`), or it slept, waited for I/O or for a lock (`waiting`).
 Or Python collected garbage (`gc`), which is no line's fault; or a line in another thread kept the global
 interpreter lock (`gil`). `unknown` where the system does not tell."""
+
+TimeoutClock = Literal["response", "idle", "body"]
+"""Which clock of a request ran out: no response had begun (`response`), a response that had begun went silent
+(`idle`), or the client sent nothing more of its body (`body`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,3 +345,61 @@ class BlockedLine:
     worst: float
     victims: int
     advice: Advice | None
+
+
+@dataclass(frozen=True, slots=True)
+class TimeoutReport:
+    """A request whose time was up, and what it was awaiting then.
+
+    `str(report)` is the sentence that the log shows.
+
+    Attributes:
+        id: A number that counts up within the process.
+        noticed: When its time was up, in seconds since the epoch.
+        request: The label of the request: method and route template (``GET /users/{id}``).
+        path: The path that was asked for, without the query.
+        clock: Which clock ran out: `response`, `idle` or `body`.
+        limit: What that clock was set to, in seconds.
+        elapsed: Seconds since the request began.
+        line: The user's innermost line that it was awaiting, in its worker thread where it ran in one; where
+            the endpoint is defined, if no line of the user's was found.
+        stack: The user's lines that were awaiting each other, outermost first.
+        loop_time: For how many seconds the request had held the loop; `None` without blocking detection.
+        outcome: What became of the code that was still running: it was cancelled and ended (`stopped`), it
+            goes on in a worker thread (`thread`), it goes on since it is shielded from cancellation
+            (`shielded`), or it goes on though it was cancelled (`running`).
+    """
+
+    id: int
+    noticed: float
+    request: str
+    path: str
+    clock: TimeoutClock
+    limit: float
+    elapsed: float
+    line: SourceLine | None
+    stack: tuple[SourceLine, ...]
+    loop_time: float | None
+    outcome: Literal["stopped", "thread", "shielded", "running"]
+
+    def __str__(self) -> str:
+        awaiting = "awaiting" if self.stack else "in the endpoint"
+        place = f"; {awaiting} {self.line}" if self.line else ""
+        went_on = {
+            "stopped": "",
+            "thread": "; it runs on in its thread",
+            "shielded": "; it is shielded from cancellation and runs on",
+            "running": "; it was cancelled, and runs on",
+        }[self.outcome]
+        return f"{self.headline}{place}{went_on}"
+
+    @property
+    def headline(self) -> str:
+        """Which request ran out of time, and how, without the place."""
+        said = {
+            "response": "got no answer in",
+            "idle": "was cut off: nothing of its response was sent for",
+            "body": "was refused: its body did not come in",
+        }[self.clock]
+        limit = f"{self.limit:.1f}" if self.limit >= 1 else f"{self.limit:.3g}"
+        return f"{self.request} {said} {limit} s"

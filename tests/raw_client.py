@@ -7,6 +7,7 @@ raises `Truncated` unless it has seen the end of the response, and `Surplus` if 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import socket
@@ -109,10 +110,25 @@ class Connection:
             Truncated: If it is not whole.
             Surplus: If there is something behind it.
         """
-        status, headers = self.receive_head()
-        response = Response(status, headers, self._body(status, headers))
+        response = self.receive_one()
         self._stream.assert_empty()
         return response
+
+    def receive_one(self) -> Response:
+        """Wait for the whole response, behind which another may follow.
+
+        Raises:
+            Truncated: If it is not whole.
+        """
+        status, headers = self.receive_head()
+        return Response(status, headers, self._body(status, headers))
+
+    def is_closed(self) -> bool:
+        """Whether the server closes the connection, without having sent anything more."""
+        with contextlib.suppress(Truncated):
+            self._stream.exactly(1)
+            return False
+        return True
 
     def receive_head(self) -> tuple[int, dict[str, str]]:
         """Wait for the status and the headers only."""

@@ -78,7 +78,13 @@ def accepts(port: int) -> bool:
 
 
 class Server:
-    """A process that listens on a port, and what it has written so far."""
+    """A process that listens on a port, and what it has written so far.
+
+    Attributes:
+        kind: Which of `COMMANDS` it is; empty if none.
+    """
+
+    kind = ""
 
     def __init__(self, command: Sequence[str], port: int, folder: Path, env: Mapping[str, str], cwd: Path):
         self.port = port
@@ -176,6 +182,7 @@ def serve(
     port = free_port()
     command = COMMANDS[kind].format(host=HOST, port=port, app=app).split()
     with start([*command, *options], port, env=env, cwd=cwd) as server:
+        server.kind = kind
         server.await_port()
         yield server
 

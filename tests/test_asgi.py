@@ -1,15 +1,17 @@
-"""What counts as an ASGI application."""
+"""What counts as an ASGI application, and one that answers with a problem."""
 
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any, NoReturn
 
 import pytest
 from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.types import Message
 
-from asyncguard._asgi import checked_app, is_asgi_app, is_factory
+from asyncguard._asgi import ProblemAnswer, checked_app, is_asgi_app, is_factory
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None: ...
@@ -93,3 +95,75 @@ def test_a_factory_is_told_apart() -> None:
 )
 def test_factories(candidate: object, verdict: bool) -> None:
     assert is_factory(candidate) is verdict
+
+
+# -- a problem ---------------------------------------------------------------------------------------
+
+
+async def receive() -> Message:
+    raise AssertionError("the answer does not depend on the request")
+
+
+async def messages_of(answer: ProblemAnswer) -> list[Message]:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await answer({"type": "http"}, receive, send)
+    return sent
+
+
+@pytest.mark.anyio
+async def test_a_problem_has_the_members_of_rfc_9457() -> None:
+    start, body = await messages_of(ProblemAnswer(504, "The service did not answer in time."))
+    assert json.loads(body["body"]) == {
+        "type": "about:blank",
+        "title": "Gateway Timeout",
+        "status": 504,
+        "detail": "The service did not answer in time.",
+    }
+    assert (start["type"], start["status"]) == ("http.response.start", 504)
+    assert start["headers"] == [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", str(len(body["body"])).encode()),
+    ]
+    assert body["type"] == "http.response.body"
+    assert not body.get("more_body", False)
+
+
+@pytest.mark.anyio
+async def test_the_length_of_a_problem_is_in_bytes() -> None:
+    start, body = await messages_of(ProblemAnswer(503, "zu groß: 日本"))
+    assert dict(start["headers"])[b"content-length"] == b"%d" % len(body["body"])
+    assert json.loads(body["body"])["detail"] == "zu groß: 日本"
+
+
+@pytest.mark.anyio
+async def test_a_problem_may_have_more_headers() -> None:
+    more = [(b"connection", b"close"), (b"retry-after", b"5")]
+    start, _ = await messages_of(ProblemAnswer(408, "Too slow.", headers=iter(more)))
+    assert start["headers"][2:] == more
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("status", [499, 599])
+async def test_a_status_that_has_no_name(status: int) -> None:
+    start, body = await messages_of(ProblemAnswer(status, "Gone."))
+    assert start["status"] == status
+    assert json.loads(body["body"])["title"] == f"HTTP {status}"
+
+
+@pytest.mark.anyio
+async def test_what_a_middleware_does_to_a_problem_stays_with_its_request() -> None:
+    answer = ProblemAnswer(504, "Late.")
+    first = await messages_of(answer)
+    expected = [dict(message) for message in await messages_of(answer)]
+    first[0]["headers"].append((b"x-request-id", b"1"))
+    first[0]["status"] = 200
+    first[1]["body"] = b""
+    assert await messages_of(answer) == expected
+
+
+def test_a_problem_is_an_application() -> None:
+    assert is_asgi_app(ProblemAnswer(504, "Late."))

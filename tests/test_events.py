@@ -20,6 +20,7 @@ from asyncguard.events import (
     StackSample,
     StallHistogram,
     ThreadStack,
+    TimeoutReport,
     Victim,
     Windows,
 )
@@ -154,6 +155,52 @@ def test_the_text_of_a_hang() -> None:
     assert str(nobodys) == "the loop has been blocked for 10.0 s by code outside any request, and still is"
 
 
+TIMEOUT = TimeoutReport(
+    id=1,
+    noticed=0.0,
+    request="GET /report/{user}",
+    path="/report/7",
+    clock="response",
+    limit=30.0,
+    elapsed=30.004,
+    line=LINE,
+    stack=(LINE,),
+    loop_time=0.25,
+    outcome="stopped",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "got no answer in 30.0 s; awaiting app/routes.py:42 in report: requests.get(url)"),
+        ({"line": None, "stack": ()}, "got no answer in 30.0 s"),
+        (
+            {"stack": ()},
+            "got no answer in 30.0 s; in the endpoint app/routes.py:42 in report: requests.get(url)",
+        ),
+        ({"line": None, "outcome": "thread"}, "got no answer in 30.0 s; it runs on in its thread"),
+        (
+            {"line": None, "outcome": "shielded"},
+            "got no answer in 30.0 s; it is shielded from cancellation and runs on",
+        ),
+        (
+            {"line": None, "outcome": "running"},
+            "got no answer in 30.0 s; it was cancelled, and runs on",
+        ),
+        (
+            {"line": None, "clock": "idle", "limit": 0.25},
+            "was cut off: nothing of its response was sent for 0.25 s",
+        ),
+        ({"line": None, "clock": "body", "limit": 1.0}, "was refused: its body did not come in 1.0 s"),
+    ],
+)
+def test_the_sentence_of_a_request_that_ran_out_of_time(changes: dict[str, Any], expected: str) -> None:
+    timeout = dataclasses.replace(TIMEOUT, **changes)
+    assert str(timeout) == f"GET /report/{{user}} {expected}"
+    assert str(timeout).startswith(timeout.headline)
+
+
 def test_a_source_line_without_its_text() -> None:
     assert str(SourceLine("<string>", 3, "f")) == "<string>:3 in f"
 
@@ -166,6 +213,7 @@ def test_a_source_line_without_its_text() -> None:
         Victim("GET /a", 1.0),
         BUSY,
         HANG,
+        TIMEOUT,
         StackSample((LINE,), 0.5),
         StallHistogram((0.1,), (1, 2), 3.0),
         ThreadStack("MainThread", (LINE,)),
@@ -184,5 +232,5 @@ def test_events_are_values(event: Any) -> None:
 
 def test_all_events_are_public() -> None:
     classes = {name for name, value in vars(events).items() if dataclasses.is_dataclass(value)}
-    assert classes == set(events.__all__) - {"Cause", "Windows"}
+    assert classes == set(events.__all__) - {"Cause", "TimeoutClock", "Windows"}
     assert issubclass(Windows, tuple)

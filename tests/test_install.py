@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from fastapi import FastAPI
 from starlette.applications import Starlette
@@ -18,7 +19,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import asyncguard
-from asyncguard import BlockingMiddleware, BlockReport, LoopMonitor
+from asyncguard import (
+    BlockingMiddleware,
+    BlockReport,
+    LoopMonitor,
+    TimeoutMiddleware,
+    TimeoutReport,
+    remaining,
+)
+from tests.asgi_driver import Client, http_scope
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None: ...
@@ -284,3 +293,170 @@ def test_public_names() -> None:
 def test_options_are_checked_even_where_the_guard_is_off(put: Callable[..., object]) -> None:
     with pytest.raises(TypeError, match=r"^on_block must be a function .* not 'print'$"):
         put(Starlette(), block_threshold=None, on_block="print")
+
+
+# -- request timeouts --------------------------------------------------------------------------------
+
+
+async def hook_that_waits(report: TimeoutReport) -> None: ...
+
+
+BAD_TIMEOUT_OPTIONS = [
+    *(
+        (option, value, error)
+        for option in ("timeout", "idle_timeout", "body_timeout", "timeout_grace")
+        for value, error in ((-1, ValueError), (0, ValueError), (math.nan, ValueError), ("5", TypeError))
+    ),
+    ("timeout", True, TypeError),
+    ("timeout_grace", None, TypeError),
+    ("timeout_status_code", 200, ValueError),
+    ("timeout_status_code", 999, ValueError),
+    ("timeout_status_code", "504", TypeError),
+    ("timeout_status_code", True, TypeError),
+    ("timeout_answer", 5, TypeError),
+    ("deadline_header", 5, TypeError),
+    ("deadline_header", "a b", ValueError),
+    ("deadline_header", "", ValueError),
+    ("cancel_on_disconnect", 1, TypeError),
+    ("on_timeout", hook_that_waits, TypeError),
+    ("project_root", "/no/such/directory", ValueError),
+]
+
+
+@pytest.mark.parametrize("timeout", [30, None], ids=["on", "off"])
+@pytest.mark.parametrize(("option", "value", "error"), BAD_TIMEOUT_OPTIONS)
+def test_bad_options_of_timeouts_are_refused_by_the_names_that_install_has_for_them(
+    option: str, value: Any, error: type[Exception], timeout: float | None
+) -> None:
+    """Even where they are switched off."""
+    app = FastAPI()
+    options = {"timeout": timeout, option: value}
+    with pytest.raises(error) as caught:
+        asyncguard.install(app, **options)
+    assert str(caught.value).startswith(f"{option} must be ")
+    assert repr(value) in str(caught.value)
+    asyncguard.install(app)
+
+
+class Signs:
+    """A middleware that puts its name on responses."""
+
+    def __init__(self, app: ASGIApp, name: bytes, seen: list[float]) -> None:
+        self.app = app
+        self.name = name
+        self.seen = seen
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.seen.append(remaining())
+
+        async def sign(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"x-signed", self.name))
+            await send(message)
+
+        await self.app(scope, receive, sign)
+
+
+async def sleep_endpoint(request: object) -> PlainTextResponse:
+    await anyio.sleep_forever()
+    raise AssertionError
+
+
+def serve(app: ASGIApp, path: str = "/") -> Client:
+    async def main() -> Client:
+        client = Client(scope=http_scope(path))
+        await client.drive(app)
+        return client
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("block_threshold", [None, 1000], ids=["alone", "with blocking detection"])
+def test_both_layers_are_in_place_whatever_the_order(block_threshold: float | None) -> None:
+    """The clock runs in every middleware, and every middleware sees the answer."""
+    seen: list[float] = []
+    given = Middleware(Signs, b"given", seen)
+    app = Starlette(routes=[Route("/", sleep_endpoint)], middleware=[given])
+    app.add_middleware(Signs, b"before", seen)
+    asyncguard.install(app, block_threshold=block_threshold, timeout=0.05, log=False)
+    app.add_middleware(Signs, b"after", seen)
+    own = list(app.user_middleware)
+    listed = app.user_middleware
+    client = serve(app)
+    assert client.status == 504
+    assert [value for name, value in client.headers if name == b"x-signed"] == [b"given", b"before", b"after"]
+    assert len(seen) == 3
+    assert max(seen) <= 0.05
+    assert app.user_middleware is listed
+    assert app.user_middleware == own
+
+
+def test_the_middlewares_are_as_they_were_even_if_one_of_them_cannot_be_made() -> None:
+    def refuse(app: ASGIApp) -> ASGIApp:
+        raise LookupError("no settings")
+
+    app = Starlette()
+    app.add_middleware(refuse)
+    asyncguard.install(app, timeout=5)
+    own = list(app.user_middleware)
+    with pytest.raises(LookupError, match="no settings"):
+        serve(app)
+    assert app.user_middleware == own
+
+
+def test_without_a_timeout_there_is_no_guard_of_timeouts() -> None:
+    left: list[float] = []
+
+    async def endpoint(request: object) -> PlainTextResponse:
+        left.append(remaining())
+        return PlainTextResponse("")
+
+    app = Starlette(routes=[Route("/", endpoint)])
+    asyncguard.install(app, timeout=None, idle_timeout=0.001, log=False)
+    assert serve(app).status == 200
+    assert left == [math.inf]
+    guard = app.middleware_stack
+    assert isinstance(guard, BlockingMiddleware)
+    assert not isinstance(guard.app, TimeoutMiddleware)
+
+
+def test_without_blocking_detection_timeouts_are_outermost() -> None:
+    app = Starlette(routes=[Route("/", sleep_endpoint)])
+    asyncguard.install(app, block_threshold=None, timeout=0.05, log=False)
+    assert serve(app).status == 504
+    assert isinstance(app.middleware_stack, TimeoutMiddleware)
+
+
+def test_every_option_of_timeouts_arrives() -> None:
+    def hook(report: TimeoutReport) -> None: ...
+
+    app, answer = Starlette(), PlainTextResponse("busy", 503)
+    asyncguard.install(
+        app,
+        block_threshold=None,
+        timeout=1,
+        idle_timeout=2,
+        body_timeout=3,
+        timeout_grace=4,
+        timeout_status_code=503,
+        timeout_answer=answer,
+        deadline_header="X-Wait",
+        cancel_on_disconnect=True,
+        on_timeout=hook,
+        project_root="/",
+        log=False,
+    )
+    guard = app.build_middleware_stack()
+    assert isinstance(guard, TimeoutMiddleware)
+    assert (guard.timeout, guard.idle_timeout, guard.body_timeout, guard.grace) == (1, 2, 3, 4)
+    assert guard.answer is answer
+    assert guard.cancel_on_disconnect
+    assert guard.has_inner_layer
+    assert (guard._deadline_header, guard._project_root, guard._log) == (b"x-wait", "/", False)
+    assert guard._hook is not None
+
+
+def test_the_status_code_arrives() -> None:
+    app = Starlette(routes=[Route("/", sleep_endpoint)])
+    asyncguard.install(app, timeout=0.05, timeout_status_code=503, log=False)
+    assert serve(app).status == 503

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.responses import PlainTextResponse
 
 from asyncguard._options import (
+    checked_answer,
     checked_choice,
     checked_directory,
+    checked_error_status,
     checked_flag,
     checked_hook,
     checked_seconds,
@@ -150,3 +154,45 @@ def test_directory_must_be_a_path(value: Any) -> None:
 def test_a_path_that_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^root must be an existing directory"):
         checked_directory("root", "nul\0byte")
+
+
+@pytest.mark.parametrize("value", [400, 408, 500, 503, 504, 511, HTTPStatus.BAD_GATEWAY])
+def test_status_of_an_error(value: int) -> None:
+    checked = checked_error_status("status_code", value)
+    assert checked == value
+    assert type(checked) is int
+
+
+@pytest.mark.parametrize(
+    "value", [-504, 0, 100, 200, 302, 399, HTTPStatus.CREATED, 499, 512, 599, 600, 10**400]
+)
+def test_status_must_be_that_of_an_error(value: int) -> None:
+    with pytest.raises(ValueError, match=r"^status_code must be the HTTP status code of an error") as caught:
+        checked_error_status("status_code", value)
+    assert str(caught.value).endswith(f"such as 504, not {value!r}")
+
+
+@pytest.mark.parametrize("value", [True, False, None, "504", 504.0, [504]])
+def test_status_must_be_an_integer(value: object) -> None:
+    with pytest.raises(TypeError) as caught:
+        checked_error_status("status_code", value)
+    assert str(caught.value) == f"status_code must be an HTTP status code, not {value!r}"
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None: ...
+
+
+@pytest.mark.parametrize("answer", [None, application, PlainTextResponse("late", 504)], ids=repr)
+def test_answer_may_be_any_application(answer: Any) -> None:
+    assert checked_answer("answer", answer) is answer
+
+
+@pytest.mark.parametrize(
+    "answer", ["late", 504, print, PlainTextResponse, Callable_(), {"detail": "late"}], ids=repr
+)
+def test_answer_must_be_an_application(answer: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        checked_answer("answer", answer)
+    assert str(caught.value) == (
+        f"answer must be an ASGI application, such as a Starlette Response, or None, not {answer!r}"
+    )

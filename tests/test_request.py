@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import anyio.to_thread
 import pytest
 from fastapi import APIRouter, FastAPI, WebSocket
 from hypothesis import given
@@ -23,7 +25,7 @@ from starlette.routing import Host, Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import asyncguard
-from asyncguard._request import RequestRecord, current_request, full_template
+from asyncguard._request import RequestRecord, current_request, full_template, remaining
 
 if TYPE_CHECKING:
     from tests.conftest import TurnedClock
@@ -332,6 +334,7 @@ def test_most_of_a_record_is_kept_in_its_class() -> None:
     assert set(vars(record)) == {"_scope", "started", "turn_since", "receive"}
     assert (record.loop_time, record.busy_at, record.coroutine) == (0.0, None, None)
     assert (record.released, record.finished_at) == (-math.inf, math.inf)
+    assert (record.arrived, record.deadline, record.limited) == (None, None, False)
 
 
 def test_a_copied_scope_is_of_the_same_request() -> None:
@@ -423,3 +426,64 @@ def test_full_template_leaves_no_outer_value(
 )
 def test_full_template(path: str, template: str, params: dict[str, Any], expected: str) -> None:
     assert full_template(path, template, params) == expected
+
+
+# -- what is left ------------------------------------------------------------------------------------
+
+
+class FakeDeadline:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def left(self) -> float:
+        return self.seconds
+
+    def retune(self, seconds: float | None) -> None:
+        raise AssertionError("asking changes nothing")
+
+
+@pytest.mark.parametrize("seconds", [12.5, 0.0, math.inf])
+def test_what_is_left_of_a_request(seconds: float) -> None:
+    record = RequestRecord({"type": "http"}, 0)
+    record.deadline = FakeDeadline(seconds)
+    token = current_request.set(record)
+    try:
+        assert remaining() == seconds
+    finally:
+        current_request.reset(token)
+    assert remaining() == math.inf
+
+
+def test_without_a_limit_there_is_any_time_left() -> None:
+    token = current_request.set(RequestRecord({"type": "http"}, 0))
+    try:
+        assert remaining() == math.inf
+    finally:
+        current_request.reset(token)
+
+
+def test_after_the_request_nothing_counts_any_more() -> None:
+    """In a task that it left behind, for one."""
+    record = RequestRecord({"type": "http"}, 0)
+    record.deadline = FakeDeadline(12.5)
+    token = current_request.set(record)
+    try:
+        record.finish()
+        assert remaining() == math.inf
+    finally:
+        current_request.reset(token)
+
+
+@pytest.mark.anyio
+async def test_what_is_left_is_known_in_tasks_and_threads() -> None:
+    record = RequestRecord({"type": "http"}, 0)
+    record.deadline = FakeDeadline(12.5)
+    current_request.set(record)
+    seen: list[float] = []
+
+    async def task() -> None:
+        seen.append(remaining())
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(task)
+    assert [*seen, await anyio.to_thread.run_sync(remaining)] == [12.5, 12.5]

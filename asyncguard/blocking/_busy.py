@@ -9,10 +9,10 @@ import itertools
 from types import CodeType
 
 from asyncguard import _clock
+from asyncguard._frames import await_chain
 from asyncguard._request import RequestRecord
+from asyncguard._source import is_user_code, source_line
 from asyncguard.blocking._advice import BUSY_ADVICE
-from asyncguard.blocking._lookups import await_chain
-from asyncguard.blocking._source import is_user_code, source_line
 from asyncguard.events import BusyReport, SourceLine
 
 __all__ = ["BusyTime", "report_busy"]

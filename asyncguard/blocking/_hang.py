@@ -9,9 +9,10 @@ import sys
 import threading
 from typing import NamedTuple
 
+from asyncguard._frames import RawFrame, raw_frames
 from asyncguard._request import RequestRecord
-from asyncguard.blocking._lookups import RawFrame, living_threads, raw_frames
-from asyncguard.blocking._source import frame_line
+from asyncguard._source import frame_line
+from asyncguard.blocking._lookups import living_threads
 from asyncguard.events import HangReport, SourceLine, ThreadStack
 
 __all__ = ["Hang", "abort", "is_debugged", "look_at_threads", "report_hang"]

@@ -20,27 +20,24 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import Context
-from types import CodeType, FrameType, FunctionType, MethodType
+from types import FrameType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from asyncguard import _clock
+from asyncguard._frames import RawFrame
 from asyncguard._request import RequestRecord, current_request
 
 __all__ = [
     "CollectorHeld",
-    "RawFrame",
     "RawStack",
     "arrival",
-    "await_chain",
     "due_timers",
     "is_answered",
     "keep_requests",
     "living_threads",
     "moved_requests",
-    "position",
-    "raw_frames",
     "read_stack",
     "ready_requests",
     "request_of_task",
@@ -51,23 +48,6 @@ __all__ = [
 
 _HANDLE_RUN = asyncio.events.Handle._run.__code__
 _RUN_ONCE = asyncio.base_events.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
-
-
-class RawFrame(NamedTuple):
-    """A frame without its locals, so that keeping it keeps no object of the request alive."""
-
-    code: CodeType
-    instruction: int
-    namespace: dict[str, Any]
-
-
-def raw_frames(frame: FrameType | None) -> tuple[RawFrame, ...]:
-    """A thread's whole stack, from its innermost frame `frame`."""
-    frames: list[RawFrame] = []
-    while frame is not None:
-        frames.append(RawFrame(frame.f_code, frame.f_lasti, frame.f_globals))
-        frame = frame.f_back
-    return tuple(frames)
 
 
 class RawStack(NamedTuple):
@@ -423,48 +403,3 @@ def thread_cpu(native: int | None) -> float | None:
         return time.clock_gettime((~native << 3) | 6)
     except OSError:
         return None
-
-
-class Position(NamedTuple):
-    """Where an instruction is in the source; lines from 1, columns in bytes from 0."""
-
-    line: int | None
-    end_line: int | None
-    column: int | None
-    end_column: int | None
-
-
-def position(code: CodeType, instruction: int) -> Position:
-    """The place of an instruction; all `None` if it has none, columns `None` if they were left out."""
-    # Two bytes an instruction: https://docs.python.org/3/reference/datamodel.html#codeobject.co_positions
-    places = itertools.islice(code.co_positions(), max(0, instruction // 2), None)
-    return Position(*next(places, (None, None, None, None)))
-
-
-def await_chain(awaitable: Awaitable[Any] | None) -> Iterator[tuple[CodeType, int]]:
-    """The code and line of each suspended frame, from `awaitable` inwards to what it waits for.
-
-    Coroutines, generator-based coroutines and asynchronous generators are followed; a future, or
-    anything else that is not Python code, ends the chain.
-    """
-    current: Any = awaitable
-    while current is not None:
-        if type(current).__name__ in _STEPS_OF_GENERATORS:
-            # It does not tell whose step it is, but the garbage collector knows what it refers to.
-            current = next((thing for thing in gc.get_referents(current) if _is_suspendable(thing)), None)
-        frame = _first(current, "cr_frame", "gi_frame", "ag_frame")
-        if frame is None:
-            return
-        yield frame.f_code, frame.f_lineno
-        current = _first(current, "cr_await", "gi_yieldfrom", "ag_await")
-
-
-_STEPS_OF_GENERATORS = {"anext_awaitable", "async_generator_asend", "async_generator_athrow"}
-
-
-def _is_suspendable(thing: object) -> bool:
-    return type(thing).__name__ in {"async_generator", "coroutine", *_STEPS_OF_GENERATORS}
-
-
-def _first(thing: object, *names: str) -> Any:
-    return next((getattr(thing, name) for name in names if hasattr(thing, name)), None)

@@ -7,27 +7,18 @@ from asyncio import _get_running_loop
 from collections.abc import Callable, Coroutine
 from sys import getrefcount
 from types import CoroutineType
-from typing import Literal
+from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncguard import _clock
-from asyncguard._request import SCOPE_KEY, RequestRecord, current_request
+from asyncguard._request import ALONE, SCOPE_KEY, RequestRecord, current_request
 from asyncguard.blocking._monitor import LoopMonitor
-from asyncguard.blocking._steps import DONE, drive
+from asyncguard.blocking._steps import DONE, begin, drive
 from asyncguard.blocking._watch import LoopWatch
 from asyncguard.events import BlockReport, BusyReport, HangReport
 
 __all__ = ["BlockingMiddleware"]
-
-
-def _references_to_local() -> int:
-    thing = object()
-    return getrefcount(thing)
-
-
-_ALONE = _references_to_local()
-"""How many references there are to what only a local variable refers to, as this Python counts them."""
 
 
 class BlockingMiddleware:
@@ -129,16 +120,36 @@ class BlockingMiddleware:
             except ValueError:
                 pass
             # What it has left behind may ask for it: a task, or a timer such as the server's own.
-            if getrefcount(record) > _ALONE:
+            if getrefcount(record) > ALONE:
                 record.finish()
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._watch_lifespan(scope, receive, send)
             return
-        if SCOPE_KEY in scope:
-            self.monitor._watch()
-        await self.app(scope, receive, send)
+        record = scope.get(SCOPE_KEY)
+        if record is None:
+            await self.app(scope, receive, send)
+            return
+        watch = self.monitor._watch()
+        if record in watch.in_flight:
+            await self.app(scope, receive, send)
+        else:
+            await self._join(record, watch, scope, receive, send)
+
+    async def _join(
+        self, record: RequestRecord, watch: LoopWatch, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Watch a request that has a record already: a guard of another kind is further out."""
+        watch.in_flight.add(record)
+        try:
+            running: Any = self.app(scope, receive, send)
+            record.coroutine = running
+            await begin(running.__await__(), record, watch)
+        finally:
+            record.coroutine = None
+            watch.in_flight.discard(record)
+            watch.end_busy(record)
 
     async def _watch_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_after_reports(message: Message) -> None:

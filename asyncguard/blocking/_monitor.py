@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-import anyio
-
 from asyncguard import _clock
 from asyncguard._options import (
     checked_choice,
@@ -22,6 +20,7 @@ from asyncguard._options import (
     checked_hook,
     checked_seconds,
 )
+from asyncguard._reporter import FLUSH_TIMEOUT, until_set
 from asyncguard.blocking._listener import MonitorListener
 from asyncguard.blocking._probes import running_loop
 from asyncguard.blocking._report import awaited_line
@@ -41,7 +40,6 @@ __all__ = ["SHORTEST_THRESHOLD", "LoopMonitor"]
 SHORTEST_THRESHOLD = 0.001
 """In seconds. Below a few milliseconds, what the system itself does looks like stalls."""
 
-_FLUSH_TIMEOUT = 2.0
 
 _watches: weakref.WeakKeyDictionary[Any, LoopWatch] = weakref.WeakKeyDictionary()
 """The watch over each running loop: one, however many monitors listen."""
@@ -212,10 +210,7 @@ class LoopMonitor:
             return  # a forked child leaves a block of its parent's: what it raises must come through
         if watch is None:
             return
-        heard = self._leave(watch)
-        with anyio.move_on_after(_FLUSH_TIMEOUT, shield=True):
-            while not heard.is_set():  # noqa: ASYNC110 - it is set by another thread
-                await anyio.sleep(0.005)
+        await until_set(self._leave(watch))
 
     # -- for the middleware ----------------------------------------------------------------------
 
@@ -266,7 +261,7 @@ def _finish_watches() -> None:
     with _watches_lock:
         watches = list(_live_watches)
     for watch in watches:
-        watch.end_at_exit().wait(_FLUSH_TIMEOUT)
+        watch.end_at_exit().wait(FLUSH_TIMEOUT)
 
 
 atexit.register(_finish_watches)

@@ -7,15 +7,13 @@ import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from types import CodeType
 from typing import Literal, NamedTuple, TypeVar
 
+from asyncguard._frames import RawFrame, await_chain
 from asyncguard._request import RequestRecord
-from asyncguard.blocking._advice import advice_for
-from asyncguard.blocking._lookups import RawFrame, await_chain
-from asyncguard.blocking._source import (
+from asyncguard._source import (
     call_text,
-    definition_line,
+    endpoint_line,
     frame_line,
     function_name,
     is_own_code,
@@ -24,6 +22,7 @@ from asyncguard.blocking._source import (
     resolved_name,
     source_line,
 )
+from asyncguard.blocking._advice import advice_for
 from asyncguard.blocking._stall import Aftermath, Sample, Stall
 from asyncguard.blocking._vitals import kept_waking
 from asyncguard.events import BlockReport, Cause, SourceLine, StackSample, Victim
@@ -118,7 +117,7 @@ def compose(stall: Stall, threshold: float, project_root: str | None) -> BlockRe
         stack = _stack(place, project_root)
     elif record is not None:
         # No line of the user's was running: the framework worked for the endpoint.
-        line = _endpoint_line(record)
+        line = endpoint_line(record.endpoint)
         top = max(sights, key=lambda sight: sight.weight, default=None)
         if top is not None and top.sample.frames:
             names = [function_name(frame) for frame in reversed(top.sample.frames)]
@@ -378,23 +377,13 @@ def _stack(place: _Sight, project_root: str | None) -> tuple[SourceLine, ...]:
     return tuple(map(frame_line, frames))
 
 
-def _endpoint_line(record: RequestRecord) -> SourceLine | None:
-    """Where the endpoint of a request is defined."""
-    endpoint = record.endpoint
-    try:
-        code = inspect.unwrap(endpoint).__code__  # type: ignore[arg-type]
-    except (AttributeError, TypeError, ValueError):
-        return None
-    return definition_line(code) if isinstance(code, CodeType) else None
-
-
 def awaited_line(record: RequestRecord, project_root: str | None) -> SourceLine | None:
     """The user's innermost line that a request is awaiting; where its endpoint is, if there is none."""
     innermost = None
     for code, line in await_chain(record.coroutine):
         if is_user_code(code.co_filename, project_root):
             innermost = source_line(code, line)
-    return innermost or _endpoint_line(record)
+    return innermost or endpoint_line(record.endpoint)
 
 
 def _victims(stall: Stall, culprit: RequestRecord | None) -> tuple[Victim, ...]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+from asyncguard._frames import RawFrame
 from asyncguard._request import RequestRecord
-from asyncguard.blocking._lookups import RawFrame, arrival, is_answered
+from asyncguard.blocking._lookups import arrival, is_answered
 from asyncguard.blocking._vitals import Reading
 
 __all__ = ["Aftermath", "LongTurn", "OtherThread", "Others", "Sample", "Stall", "Wait"]

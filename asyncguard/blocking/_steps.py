@@ -18,10 +18,24 @@ from asyncguard import _clock
 from asyncguard._request import RequestRecord
 from asyncguard.blocking._watch import LoopWatch
 
-__all__ = ["DONE", "drive"]
+__all__ = ["DONE", "begin", "drive"]
 
 DONE: Any = object()
 """What the first turn comes to if it was the last one as well."""
+
+
+async def begin(steps: Any, record: RequestRecord, watch: LoopWatch) -> None:
+    """Await an application's coroutine from its first turn on; `steps` is what its `__await__` returns."""
+    record.turn_since = _clock.monotonic()
+    outer, watch.turn = watch.turn, record
+    if watch.aftermath is not None:
+        watch.note_turn(record)
+    try:
+        awaited = next(steps, DONE)
+    finally:
+        watch.end_turn(record, outer)
+    if awaited is not DONE:
+        await drive(steps, awaited, record, watch)
 
 
 @types.coroutine

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from asyncguard.blocking._lookups import living_threads, raw_frames, thread_cpu
+from asyncguard._frames import raw_frames
+from asyncguard.blocking._lookups import living_threads, thread_cpu
 from asyncguard.blocking._stall import Others, OtherThread
 
 __all__ = ["OtherThreads"]

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol
 
 from asyncguard import _clock
+from asyncguard._reporter import Reporter
 from asyncguard._request import RequestRecord
 from asyncguard.blocking._busy import BusyTime
 from asyncguard.blocking._hang import Hang, abort, is_debugged, look_at_threads
 from asyncguard.blocking._load import LoopLoad
 from asyncguard.blocking._lookups import CollectorHeld, due_timers, running_request
 from asyncguard.blocking._probes import Probe, attach_probe, kind_of
-from asyncguard.blocking._reporter import Reporter
 from asyncguard.blocking._stall import Aftermath, LongTurn, Stall
 from asyncguard.blocking._vitals import Reading
 from asyncguard.blocking._watchdog import Watchdog
@@ -133,7 +133,7 @@ class LoopWatch:
         self._failed = False
         self._thread = threading.current_thread().name
         self._thread_id = threading.get_ident()
-        self._reporter = Reporter(f"asyncguard-reporter-{self._thread}", each_minute=self._sum_up)
+        self._reporter = Reporter(f"asyncguard-reporter-{self._thread}", logger, self._sum_up)
         self.probe: Probe = attach_probe(self, loop)
         self._watchdog = Watchdog(self)
         try:

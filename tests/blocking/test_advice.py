@@ -34,10 +34,10 @@ import pytest
 import requests
 import urllib3
 
+from asyncguard._frames import RawFrame
+from asyncguard._source import call_text, function_name, resolved_name
 from asyncguard.blocking import _advice
 from asyncguard.blocking._advice import advice_for
-from asyncguard.blocking._lookups import RawFrame
-from asyncguard.blocking._source import call_text, function_name, resolved_name
 
 MODULES: dict[str, Any] = {
     module.__name__.partition(".")[0]: __import__(module.__name__.partition(".")[0])

@@ -19,10 +19,10 @@ import anyio
 import pytest
 
 from asyncguard import HangReport, LoopMonitor
+from asyncguard._frames import RawFrame
 from asyncguard._request import RequestRecord
 from asyncguard.blocking import _hang
 from asyncguard.blocking._hang import Hang, RawThread, abort, is_debugged, look_at_threads, report_hang
-from asyncguard.blocking._lookups import RawFrame
 
 
 def waits(go_on: threading.Event) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
 from types import CodeType, FrameType
@@ -24,21 +24,18 @@ import pytest
 import trio
 import uvloop
 
+from asyncguard._frames import RawFrame, await_chain, position, raw_frames
 from asyncguard._request import RequestRecord, current_request
 from asyncguard.blocking import _lookups
 from asyncguard.blocking._lookups import (
     CollectorHeld,
-    RawFrame,
     RawStack,
     RunningRequest,
     arrival,
-    await_chain,
     due_timers,
     keep_requests,
     living_threads,
     moved_requests,
-    position,
-    raw_frames,
     read_stack,
     ready_requests,
     request_of_task,
@@ -788,7 +785,7 @@ def test_no_such_instruction(instruction: int) -> None:
 def test_code_without_columns() -> None:
     """With PYTHONNODEBUGRANGES there are lines only."""
     program = (
-        "from asyncguard.blocking._lookups import position\n"
+        "from asyncguard._frames import position\n"
         "places = [position(position.__code__, 2 * n) for n in range(100)]\n"
         "assert any(place.line for place in places)\n"
         "assert all(place.column is None for place in places)\n"
@@ -917,6 +914,130 @@ async def test_the_chain_of_a_sleeper_on_every_loop() -> None:
         await anyio.lowlevel.checkpoint()
         assert names(coroutine)[:2] == ["asleep", "sleep_forever"]
         group.cancel_scope.cancel()
+
+
+class Awaitable_:  # noqa: N801
+    """Made of a coroutine, as libraries make them: its steps are a `coroutine_wrapper`."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return leaf().__await__()
+
+
+async def over_an_awaitable() -> None:
+    await Awaitable_()
+
+
+async def over_a_step_of_a_generator() -> None:
+    await numbers().__anext__()
+
+
+async def over_a_default() -> None:
+    await anext(numbers(), None)
+
+
+async def over_a_closing_generator() -> None:
+    generator = closing()
+    await anext(generator)
+    await generator.aclose()
+
+
+async def closing() -> AsyncGenerator[int, None]:
+    try:
+        yield 1
+    finally:
+        await leaf()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (over_an_awaitable, ["over_an_awaitable", "leaf"]),
+        (over_a_step_of_a_generator, ["over_a_step_of_a_generator", "numbers", "leaf"]),
+        (over_a_default, ["over_a_default", "numbers", "leaf"]),
+        (over_a_closing_generator, ["over_a_closing_generator", "closing", "leaf"]),
+    ],
+)
+@pytest.mark.asyncio
+async def test_what_stands_between_two_coroutines_is_looked_through(make: Any, expected: list[str]) -> None:
+    """It does not tell whose it is, but refers to it."""
+    assert await suspended(make()) == expected
+
+
+@pytest.mark.asyncio
+async def test_the_steps_of_a_coroutine_lead_to_it() -> None:
+    coroutine = middle()
+    steps = coroutine.__await__()
+    steps.send(None)
+    assert type(steps).__name__ == "coroutine_wrapper"
+    assert names(steps) == names(coroutine) == ["middle", "leaf"]
+    with pytest.raises(asyncio.CancelledError):
+        steps.throw(asyncio.CancelledError)
+    assert names(steps) == []
+
+
+class Compiled:
+    """A coroutine as Cython makes them: it has the same attributes, and no frame that is a Python one."""
+
+    def __init__(self) -> None:
+        self.cr_frame: object = types.SimpleNamespace(f_code=leaf.__code__, f_lineno=1)
+        self.cr_await: object = None
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self  # type: ignore[return-value]
+
+    def __iter__(self) -> Compiled:
+        return self
+
+    def __next__(self) -> None: ...
+
+
+async def over_compiled_code() -> None:
+    await Compiled()
+
+
+def test_compiled_code_ends_the_chain() -> None:
+    assert names(Compiled()) == []
+    coroutine = over_compiled_code()
+    coroutine.send(None)
+    assert names(coroutine) == ["over_compiled_code"]
+    coroutine.close()
+
+
+class Agreeable:
+    """It has every attribute: itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        asked.append(name)
+        assert len(asked) < 100
+        return self
+
+    def __await__(self) -> Any:
+        yield
+
+
+class Explosive:
+    def __getattribute__(self, name: str) -> Any:
+        raise AssertionError(f"the user's code was run for {name}")
+
+    def __await__(self) -> Any:
+        yield
+
+
+asked: list[str] = []
+
+
+async def over(awaitable: Any) -> None:
+    await awaitable
+
+
+@pytest.mark.parametrize("kind", [Agreeable, Explosive])
+def test_an_object_of_the_users_is_not_asked(kind: type[Any]) -> None:
+    assert names(kind()) == []
+    coroutine = over(kind())
+    coroutine.send(None)
+    assert names(coroutine) == ["over", "__await__"]
+    coroutine.close()
+    assert asked == []
 
 
 def test_what_is_not_suspended() -> None:

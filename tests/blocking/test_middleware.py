@@ -17,8 +17,8 @@ import anyio.lowlevel
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from asyncguard import BlockingMiddleware, BlockReport, BusyReport
-from asyncguard._request import RequestRecord, current_request
+from asyncguard import BlockingMiddleware, BlockReport, BusyReport, _clock
+from asyncguard._request import SCOPE_KEY, RequestRecord, current_request
 from asyncguard.blocking import _monitor, _stall
 from asyncguard.blocking._probes import running_loop
 from asyncguard.blocking._stall import Aftermath
@@ -534,6 +534,141 @@ async def test_two_guarded_applications_on_one_loop() -> None:
     await second.monitor.stop()
     assert len(short) == 2
     assert long == []
+
+
+# -- inside a guard of another kind ------------------------------------------------------------------
+
+
+def another_guard(app: Any, records: list[RequestRecord]) -> Any:
+    """Makes the record, as each kind of guard does where it is the outermost one."""
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        record = scope[SCOPE_KEY] = RequestRecord(scope, _clock.monotonic(), receive)
+        records.append(record)
+        try:
+            await app(scope, receive, send)
+        finally:
+            del scope[SCOPE_KEY]
+
+    return guard
+
+
+async def test_a_request_that_has_a_record_already_is_watched_under_it(
+    marked: Callable[[str], int], clock: TurnedClock
+) -> None:
+    records: list[RequestRecord] = []
+    ages: list[float] = []
+
+    async def work() -> None:
+        (found,) = middleware.monitor.in_flight
+        ages.append(found.age)
+        waiting.set()
+        await release.wait()  # joined
+
+    waiting, release = anyio.Event(), anyio.Event()
+    middleware = BlockingMiddleware(app_of(work=work), threshold=1000, log=False)
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        clock.turn(3)
+        await middleware(scope, receive, send)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(another_guard(slow, records), http("/work"), receive, send)
+        await waiting.wait()
+        await anyio.wait_all_tasks_blocked()
+        (found,) = middleware.monitor.in_flight
+        assert (found.request, found.age) == ("GET /work", 3)
+        assert found.line is not None
+        assert found.line.line == marked("joined")
+        release.set()
+    assert ages == [3]
+    assert middleware.monitor.in_flight == ()
+    assert records[0].coroutine is None
+    assert records[0].finished_at == float("inf")  # who has made it finishes it
+    await middleware.monitor.stop()
+
+
+async def test_its_time_on_the_loop_is_added_up(clock: TurnedClock) -> None:
+    records: list[RequestRecord] = []
+    busy: list[BusyReport] = []
+
+    async def pieces() -> None:
+        for _ in range(20):
+            clock.turn(0.0625)
+            await anyio.lowlevel.checkpoint()
+
+    async def quick() -> None:
+        clock.turn(0.25)
+
+    middleware = BlockingMiddleware(
+        app_of(pieces=pieces, quick=quick), threshold=1000, on_busy=busy.append, log=False
+    )
+    guard = another_guard(middleware, records)
+    await guard(http("/pieces"), receive, send)
+    await guard(http("/quick"), receive, send)
+    assert [record.loop_time for record in records] == [1.25, 0.25]
+    await middleware.monitor.stop()
+    assert [report.request for report in busy] == ["GET /pieces"]
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "later"])
+async def test_what_it_raises_passes_through_both(waits: bool) -> None:
+    error = Marker()
+    records: list[RequestRecord] = []
+
+    async def work() -> None:
+        if waits:
+            await anyio.lowlevel.checkpoint()
+        raise error
+
+    middleware = BlockingMiddleware(app_of(work=work), log=False)
+    with pytest.raises(Marker) as caught:
+        await another_guard(middleware, records)(http("/work"), receive, send)
+    assert caught.value is error
+    assert error.__context__ is None
+    assert records[0].coroutine is None
+    assert middleware.monitor.in_flight == ()
+    await middleware.monitor.stop()
+
+
+async def test_one_that_is_cancelled_is_watched_no_more() -> None:
+    records: list[RequestRecord] = []
+    middleware = BlockingMiddleware(app_of(work=anyio.sleep_forever), log=False)
+    async with anyio.create_task_group() as group:
+        group.start_soon(another_guard(middleware, records), http("/work"), receive, send)
+        await anyio.wait_all_tasks_blocked()
+        assert len(middleware.monitor.in_flight) == 1
+        group.cancel_scope.cancel()
+    assert middleware.monitor.in_flight == ()
+    assert records[0].coroutine is None
+    await middleware.monitor.stop()
+
+
+async def test_two_of_ours_inside_one_of_another_kind_watch_it_once() -> None:
+    in_flight: list[int] = []
+
+    async def work() -> None:
+        in_flight.append(len(_monitor._watches[running_loop()].in_flight))
+
+    inner = BlockingMiddleware(app_of(work=work), log=False)
+    outer = BlockingMiddleware(inner, log=False)
+    await another_guard(outer, [])(http("/work"), receive, send)
+    assert in_flight == [1]
+    await inner.monitor.stop()
+    await outer.monitor.stop()
+
+
+async def test_its_stall_is_reported_with_its_label() -> None:
+    reports: list[BlockReport] = []
+
+    async def block() -> None:
+        time.sleep(0.15)
+
+    middleware = BlockingMiddleware(app_of(block=block), threshold=0.05, on_block=reports.append, log=False)
+    await another_guard(middleware, [])(http("/block"), receive, send)
+    await anyio.sleep(0.01)
+    await middleware.monitor.stop()
+    assert [report.request for report in reports] == ["GET /block"]
 
 
 # -- requests in small pieces ------------------------------------------------------------------------

@@ -25,10 +25,10 @@ import uvloop
 
 import asyncguard
 from asyncguard import BlockReport, LoopMonitor, Windows
+from asyncguard._reporter import Reporter
 from asyncguard._request import RequestRecord
 from asyncguard.blocking import _monitor
 from asyncguard.blocking._probes import running_loop
-from asyncguard.blocking._reporter import Reporter
 from asyncguard.blocking._watch import LoopWatch
 from asyncguard.blocking._watchdog import Watchdog
 

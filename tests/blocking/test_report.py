@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.routing import Router
 
+from asyncguard import _source
+from asyncguard._frames import RawFrame
 from asyncguard._request import RequestRecord
-from asyncguard.blocking import _source
-from asyncguard.blocking._lookups import RawFrame, read_stack
+from asyncguard.blocking._lookups import read_stack
 from asyncguard.blocking._report import awaited_line, compose, compose_gil, excuse
 from asyncguard.blocking._stall import Aftermath, LongTurn, Others, OtherThread, Sample, Stall, Wait
 from asyncguard.blocking._vitals import Reading

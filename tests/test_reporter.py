@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asyncguard.blocking._reporter import Reporter
+from asyncguard._reporter import Reporter
 
 if TYPE_CHECKING:
     from tests.conftest import TurnedClock
+
+
+logger = logging.getLogger("asyncguard.blocking")
 
 
 def nothing() -> None: ...
 
 
 def make_reporter() -> Reporter:
-    return Reporter("reporter", each_minute=nothing)
+    return Reporter("reporter", logger, each_minute=nothing)
 
 
 def test_in_order_on_a_thread_of_its_own() -> None:
@@ -104,7 +107,7 @@ def test_a_call_that_fails_is_logged_and_the_next_goes_on(caplog: pytest.LogCapt
     reporter.finish()
     assert reporter.flush().wait(30)
     assert seen == [0, 1]
-    assert [record.getMessage() for record in caplog.records] == ["a stall could not be reported"] * 2
+    assert [record.getMessage() for record in caplog.records] == ["a report could not be made"] * 2
     assert {record.name for record in caplog.records} == {"asyncguard.blocking"}
     assert caplog.records[0].levelno == logging.ERROR
 
@@ -153,7 +156,7 @@ def test_nothing_is_held_while_waiting_for_the_next() -> None:
 
 def test_once_a_minute_by_the_clock(clock: TurnedClock) -> None:
     minutes: list[float] = []
-    reporter = Reporter("reporter", each_minute=lambda: minutes.append(clock.now))
+    reporter = Reporter("reporter", logger, each_minute=lambda: minutes.append(clock.now))
 
     def turned(seconds: float) -> int:
         clock.turn(seconds)
@@ -174,7 +177,7 @@ def test_once_a_minute_by_the_clock(clock: TurnedClock) -> None:
 def test_a_minute_passes_though_nothing_is_put(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reporter, "MINUTE", 0.01)
     twice = threading.Semaphore(0)
-    reporter = Reporter("reporter", each_minute=twice.release)
+    reporter = Reporter("reporter", logger, each_minute=twice.release)
     reporter.put(nothing)
     for _ in range(2):
         assert twice.acquire(timeout=30)
@@ -192,13 +195,153 @@ def test_a_minute_whose_call_fails_is_followed_by_another(
         twice.release()
         raise LookupError
 
-    reporter = Reporter("reporter", each_minute=broken)
+    reporter = Reporter("reporter", logger, each_minute=broken)
     reporter.put(nothing)
     for _ in range(2):
         assert twice.acquire(timeout=30)
     reporter.finish()
     assert reporter.flush().wait(30)
     assert caplog.records
+
+
+# -- without anything to do --------------------------------------------------------------------------
+
+
+def thread_of(reporter: Reporter) -> threading.Thread:
+    seen: list[threading.Thread] = []
+    reporter.put(lambda: seen.append(threading.current_thread()))
+    assert reporter.flush().wait(30)
+    return seen[0]
+
+
+def test_a_thread_that_lingered_for_nothing_ends_and_the_next_call_starts_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Reporter, "LINGER", 0.01)
+    reporter = Reporter("reporter", logger)
+    threads: list[threading.Thread] = []
+    for _ in range(3):
+        threads.append(thread_of(reporter))
+        threads[-1].join(30)
+        assert not threads[-1].is_alive()
+        assert not reporter.running
+        assert reporter.flush().is_set()
+    assert len(set(threads)) == 3
+    assert {thread.name for thread in threads} == {"reporter"}
+
+
+def test_within_that_time_the_thread_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reporter, "LINGER", 3600.0)
+    reporter = Reporter("reporter", logger)
+    assert thread_of(reporter) is thread_of(reporter)
+    reporter.finish()
+    assert reporter.flush().wait(30)
+
+
+def test_with_a_call_each_minute_the_thread_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reporter, "LINGER", 0.0)
+    monkeypatch.setattr(Reporter, "MINUTE", 0.005)
+    twice = threading.Semaphore(0)
+    reporter = Reporter("reporter", logger, each_minute=twice.release)
+    thread = thread_of(reporter)
+    for _ in range(2):
+        assert twice.acquire(timeout=30)
+    assert thread_of(reporter) is thread
+    reporter.finish()
+    assert reporter.flush().wait(30)
+
+
+def test_nothing_is_lost_while_threads_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as one has nothing to do, it ends: many times in the middle of a `put`."""
+    monkeypatch.setattr(Reporter, "LINGER", 0.0)
+    reporter = Reporter("reporter", logger)
+    seen: list[tuple[int, int]] = []
+
+    def put_some(source: int) -> None:
+        for number in range(200):
+            assert reporter.put(functools.partial(seen.append, (source, number)))
+
+    sources = [threading.Thread(target=put_some, args=(source,)) for source in range(3)]
+    for thread in sources:
+        thread.start()
+    for thread in sources:
+        thread.join(30)
+    assert reporter.flush().wait(30)
+    for source in range(3):
+        assert [number for found, number in seen if found == source] == list(range(200))
+
+
+def test_a_call_that_comes_as_the_thread_is_about_to_end_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reporter, "LINGER", 0.0)
+    reporter = Reporter("reporter", logger)
+    seen: list[str] = []
+    is_idle = Reporter._is_idle
+
+    def put_first(self: Reporter) -> bool:
+        monkeypatch.setattr(Reporter, "_is_idle", is_idle)
+        self.put(functools.partial(seen.append, "just in time"))
+        return is_idle(self)
+
+    monkeypatch.setattr(Reporter, "_is_idle", put_first)
+    thread = thread_of(reporter)
+    thread.join(30)
+    assert reporter.flush().wait(30)
+    assert seen == ["just in time"]
+
+
+@pytest.mark.parametrize("first", ["it is finished", "the thread ends"])
+def test_the_end_is_told_though_it_comes_as_the_thread_is_about_to_end(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reporter, "LINGER", 0.0)
+    reporter = Reporter("reporter", logger)
+    is_idle = Reporter._is_idle
+    met = threading.Event()
+    seen: list[str] = []
+
+    def meet(self: Reporter) -> bool:
+        monkeypatch.setattr(Reporter, "_is_idle", is_idle)
+        if first == "it is finished":
+            self.finish()
+            idle = is_idle(self)
+        else:
+            idle = is_idle(self)
+            self.finish()
+        met.set()
+        return idle
+
+    monkeypatch.setattr(Reporter, "_is_idle", meet)
+    assert reporter.put(functools.partial(seen.append, "made"))
+    assert met.wait(30)
+    assert reporter.flush().wait(30)
+    assert seen == ["made"]
+
+
+def test_whether_a_thread_is_there_to_be_ended_is_asked_under_the_lock() -> None:
+    """Or it might end in between, and nobody would be told."""
+    locked: list[bool] = []
+
+    class Asked(Reporter):
+        @property
+        def _thread(self) -> threading.Thread | None:
+            locked.append(self._starting.locked())
+            return None
+
+        @_thread.setter
+        def _thread(self, thread: threading.Thread | None) -> None: ...
+
+    reporter = Asked("reporter", logger)
+    reporter.finish()
+    assert locked == [True]
+    assert reporter.flush().is_set()
+
+
+def test_at_exit_a_call_after_the_thread_has_ended_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reporter, "LINGER", 0.0)
+    reporter = Reporter("reporter", logger)
+    thread_of(reporter).join(30)
+    reporter.at_exit = True
+    assert thread_of(reporter) is threading.current_thread()
 
 
 # -- at the end of the process -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import inspect
 import linecache
 import os
 import sysconfig
@@ -12,12 +13,13 @@ from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-from asyncguard.blocking._lookups import RawFrame, position
+from asyncguard._frames import RawFrame, position
 from asyncguard.events import SourceLine
 
 __all__ = [
     "call_text",
     "definition_line",
+    "endpoint_line",
     "frame_line",
     "function_name",
     "is_own_code",
@@ -27,7 +29,7 @@ __all__ = [
     "source_line",
 ]
 
-_OWN = str(Path(__file__).absolute().parents[1]) + os.sep
+_OWN = str(Path(__file__).absolute().parents[0]) + os.sep
 _STDLIB = tuple(
     os.path.realpath(path) + os.sep
     for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
@@ -91,6 +93,15 @@ def definition_line(code: CodeType) -> SourceLine:
         if linecache.getline(code.co_filename, number).lstrip().startswith(("def ", "async def ")):
             return source_line(code, number)
     return source_line(code, line)
+
+
+def endpoint_line(endpoint: object) -> SourceLine | None:
+    """Where an endpoint is defined; `None` for what is no function of Python's."""
+    try:
+        code = inspect.unwrap(endpoint).__code__  # type: ignore[arg-type]
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return definition_line(code) if isinstance(code, CodeType) else None
 
 
 def call_text(frame: RawFrame) -> str:

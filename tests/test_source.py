@@ -21,9 +21,9 @@ import starlette
 import starlette.routing
 
 import asyncguard
-from asyncguard.blocking import _lookups, _source
-from asyncguard.blocking._lookups import RawFrame
-from asyncguard.blocking._source import (
+from asyncguard import _frames, _source
+from asyncguard._frames import RawFrame
+from asyncguard._source import (
     call_text,
     definition_line,
     function_name,
@@ -52,7 +52,7 @@ def fresh_caches() -> Iterator[None]:
         starlette.routing.__file__,
         anyio.__file__,
         asyncguard.__file__,
-        _lookups.__file__,
+        _frames.__file__,
     ],
 )
 def test_libraries(file: str) -> None:
@@ -383,8 +383,8 @@ def test_the_name_of_a_frames_function() -> None:
 def test_without_columns_there_is_no_call(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "from asyncguard.blocking._lookups import RawFrame\n"
-        "from asyncguard.blocking._source import call_text\n"
+        "from asyncguard._frames import RawFrame\n"
+        "from asyncguard._source import call_text\n"
         "def f():\n"
         "    return len([])\n"
         "assert {call_text(RawFrame(f.__code__, 2 * n, {})) for n in range(30)} == {''}\n"
