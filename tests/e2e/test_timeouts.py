@@ -198,7 +198,7 @@ def assert_cut(server: Server, path: str, **headers: str) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1000], ids=["chunked", "with-length"])
-@pytest.mark.parametrize("name", ["plain", "gzip", "base", "base-twice", "single"])
+@pytest.mark.parametrize("name", ["plain", "gzip", "base", "base-twice", "base/mounted-base", "single"])
 def test_a_stalled_response_is_cut(server: Server, name: str, length: int, token: str) -> None:
     warned = len(server.stderr)
     encoding = "gzip" if "gzip" in name or "twice" in name else "identity"
@@ -206,7 +206,8 @@ def test_a_stalled_response_is_cut(server: Server, name: str, length: int, token
     await_notes(server, token, "ended")
     report = await_report(server, token)
     assert (report["clock"], report["limit"]) == ("idle", LIMIT)
-    assert report["line"]["line"] == marked(FILE, "stalled", "awaits")
+    if "mounted" not in name:  # there, it runs in a task that nothing leads to
+        assert report["line"]["line"] == marked(FILE, "stalled", "awaits")
     written = server.stderr[warned:]
     assert "Traceback" not in written
     assert written.count("was cut off") == 1

@@ -457,11 +457,17 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+CORS = (CORSMiddleware, {"allow_origins": ["https://client.example"]})
+GZIP = (GZipMiddleware, {"minimum_size": 1})
+BASE: tuple[Any, dict[str, Any]] = (Passing, {})
+
+
 def make(*middlewares: Any, install: bool = True, before: int = 0, **options: Any) -> FastAPI:
     """An application with these middlewares, innermost first; `before` of them are added before `install`."""
     app = FastAPI()
     app.include_router(router)
     app.mount("/mounted", mounted())
+    app.mount("/mounted-base", mounted(BASE))
     app.router.routes.append(Route("/methods/{token}", Methods))
     for middleware, arguments in middlewares[:before]:
         app.add_middleware(middleware, **arguments)
@@ -474,9 +480,11 @@ def make(*middlewares: Any, install: bool = True, before: int = 0, **options: An
     return app
 
 
-def mounted() -> FastAPI:
+def mounted(*middlewares: Any) -> FastAPI:
     app = FastAPI()
     app.include_router(router)
+    for middleware, arguments in middlewares:
+        app.add_middleware(middleware, **arguments)
     return app
 
 
@@ -499,10 +507,6 @@ async def failing_answer(scope: Scope, receive: Receive, send: Send) -> None:
 async def hanging_answer(scope: Scope, receive: Receive, send: Send) -> None:
     await anyio.sleep(LONG)
 
-
-CORS = (CORSMiddleware, {"allow_origins": ["https://client.example"]})
-GZIP = (GZipMiddleware, {"minimum_size": 1})
-BASE: tuple[Any, dict[str, Any]] = (Passing, {})
 
 APPLICATIONS: dict[str, FastAPI] = {
     "plain": make(),
