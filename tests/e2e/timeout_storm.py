@@ -245,9 +245,14 @@ class Unplanned(logging.Filter):
         return False
 
 
-logging.getLogger("uvicorn.error").addFilter(Unplanned())
-# A machine that is busy with other things stalls the loop; that is another test's matter.
-logging.getLogger("asyncguard.blocking").setLevel(logging.ERROR)
+def settle_in() -> None:
+    """What is done in the server's process, and in no other that imports this."""
+    logging.getLogger("uvicorn.error").addFilter(Unplanned())
+    # A machine that is busy with other things stalls the loop; that is another test's matter.
+    logging.getLogger("asyncguard.blocking").setLevel(logging.ERROR)
+    # What lives as long as the server need not be looked at each time.
+    gc.collect()
+    gc.freeze()
 
 
 def tasks() -> Counter[str]:
@@ -320,14 +325,11 @@ ADMIN = {"/counts": counts, "/gauge": gauge, "/reports": reports_so_far}
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     path = scope.get("path", "")
+    if scope["type"] == "lifespan":
+        settle_in()
     if path in ADMIN:
         await JSONResponse(await ADMIN[path]())(scope, receive, send)
     elif path.startswith("/race/"):
         await race(scope, receive, send)
     else:
         await storm(scope, receive, send)
-
-
-# What lives as long as the server need not be looked at each time.
-gc.collect()
-gc.freeze()
