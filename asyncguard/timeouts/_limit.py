@@ -52,8 +52,8 @@ class timeout:  # noqa: N801 - it reads like a function
     def __init__(self, seconds: float | None) -> None:
         self.seconds: float | None = None if seconds is None else checked_seconds("timeout", seconds)
         # What FastAPI reads of a dependency: it takes nothing, and is awaited on the loop.
-        self.__signature__ = inspect.Signature()
-        self.__wrapped__ = _nothing
+        self.__signature__: inspect.Signature = inspect.Signature()
+        self.__wrapped__: Callable[[], Awaitable[None]] = _nothing
 
     @overload
     def __call__(self) -> Awaitable[None]: ...
