@@ -251,7 +251,7 @@ async def websocket(socket: WebSocket, token: str) -> None:
     await socket.accept()
     await anyio.sleep(3 * LIMIT)
     await socket.send_text(await socket.receive_text())
-    await socket.close()
+    await socket.receive()  # the client closes it: hypercorn on trio breaks if both do so at once
 
 
 # -- the client's body -----------------------------------------------------------------------------
