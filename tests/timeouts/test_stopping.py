@@ -244,7 +244,7 @@ async def test_cleanup_that_awaits_under_a_middleware_that_holds_the_head_back(m
         "spec_version": "2.4",
     }  # before, Starlette sends in a task that it cancels itself
     client = Client(scope={**http_scope(), "asgi": asgi, "cleaned up": ended})
-    await client.drive(installed(endpoint, middleware, timeout_grace=30))
+    await client.drive(installed(endpoint, middleware, timeout=0.5, timeout_grace=30))
     assert client.status == 504
     assert b"The service did not answer in time." in client.body
     assert steps == ["cleaned up"]
@@ -271,7 +271,7 @@ async def test_the_applications_exceptions_pass_through(error: BaseException, si
         raise error
 
     with pytest.raises(type(error)) as caught:
-        await guarded(app, single=single)(http_scope(), Client().receive, Client().send)
+        await guarded(app, single=single, timeout=30)(http_scope(), Client().receive, Client().send)
     assert caught.value is error
     assert error.__context__ is None
 
