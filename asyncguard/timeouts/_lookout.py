@@ -38,13 +38,13 @@ class Lookout:
         self._due: dict[Overdue, float] = {}
         self._waits = seconds == math.inf
 
-    def add(self, request: Overdue) -> float:
+    def add(self, request: Overdue, now: float) -> float:
         """Call ``request.look()`` when the seconds have passed, unless it is removed before.
 
         Returns:
             When that will be.
         """
-        self._due[request] = due = _clock.monotonic() + self.seconds
+        self._due[request] = due = now + self.seconds
         if not self._waits:
             self._waits = True
             self.loop.call_later(self.seconds, self._look)

@@ -115,19 +115,28 @@ class TimeoutMiddleware:
         self._project_root = checked_directory("project_root", project_root)
         self._log = checked_flag("log", log)
         self._shortest = min(self.timeout, self.idle_timeout, self.body_timeout)
-        self._here = threading.local()  # each of its loops runs in a thread of its own
+        self._here = _Here()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._pass_on(scope, receive, send)
             return
-        record = scope.get(SCOPE_KEY)
+        now, record, token = _clock.monotonic(), scope.get(SCOPE_KEY), None
         if record is None:
-            record = scope[SCOPE_KEY] = RequestRecord(scope, _clock.monotonic(), receive)
+            record = scope[SCOPE_KEY] = RequestRecord(scope, now, receive)
             token = current_request.set(record)
-            try:
-                await self._guard(scope, receive, send, record)
-            finally:
+        elif record.deadline is not None:
+            record.deadline.retune(self.timeout)
+            await self.app(scope, receive, send)
+            return
+        try:
+            lookout = self._here.lookout
+            if lookout is None or lookout.seconds > _limit.shortest or not lookout.loop.is_here():
+                lookout = self._here.lookout = Lookout(running_loop(), min(self._shortest, _limit.shortest))
+            caller = caller_seconds(scope, self._deadline_header) if self._deadline_header else None
+            await Responder(self, lookout, scope, receive, send, record).run(self.app, caller, now)
+        finally:
+            if token is not None:
                 scope.pop(SCOPE_KEY, None)
                 # The server may close us in another context than it began us in.
                 try:  # noqa: SIM105 - an object less for each request
@@ -137,18 +146,6 @@ class TimeoutMiddleware:
                 # What it has left behind may ask for it: a task, or a timer such as the server's own.
                 if getrefcount(record) > ALONE:
                     record.finish()
-        elif record.deadline is None:
-            await self._guard(scope, receive, send, record)
-        else:
-            record.deadline.retune(self.timeout)
-            await self.app(scope, receive, send)
-
-    def _guard(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> Awaitable[None]:
-        lookout: Lookout | None = getattr(self._here, "lookout", None)
-        if lookout is None or lookout.seconds > _limit.shortest or not lookout.loop.is_here():
-            lookout = self._here.lookout = Lookout(running_loop(), min(self._shortest, _limit.shortest))
-        caller = caller_seconds(scope, self._deadline_header) if self._deadline_header else None
-        return Responder(self, lookout, scope, receive, send, record).run(self.app, caller)
 
     def tell(self, timeout: Timeout) -> None:
         """Log a request that ran out of time, and hand it to the hook, on another thread."""
@@ -184,13 +181,18 @@ class InnerLayer:
     def __init__(self, app: ASGIApp) -> None:
         self.app: ASGIApp = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         record = scope.get(SCOPE_KEY) if scope["type"] == "http" else None
         responder = record.deadline if record is not None else None
         if isinstance(responder, Responder):
-            await responder.run_inside(self.app, scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+            return responder.run_inside(self.app, scope, receive, send)
+        return self.app(scope, receive, send)
+
+
+class _Here(threading.local):
+    """What belongs to the running loop: each loop runs in a thread of its own."""
+
+    lookout: Lookout | None = None
 
 
 def _seconds(option: str, value: float | None) -> float:

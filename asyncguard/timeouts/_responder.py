@@ -123,23 +123,24 @@ class Responder:
 
     # -- the two layers ----------------------------------------------------------------------------
 
-    async def run(self, app: ASGIApp, caller: float | None) -> None:
+    async def run(self, app: ASGIApp, caller: float | None, now: float) -> None:
         """Run the application, outside everything.
 
         Args:
             app: The application.
             caller: How many seconds the caller waits for the answer, if it has said so.
+            now: The time, on asyncguard's monotonic clock.
         """
         record, lookout = self._record, self._lookout
         self._context = copy_context()
         self._around = record.coroutine
         record.deadline = self
         self._outer = section = lookout.loop.section()
-        self._armed = lookout.add(self)
+        self._armed = lookout.add(self, now)
         if caller is not None:
             self._clocks.caller = caller
             self._hasten()
-        elif self._armed - record.started > lookout.seconds + _EARLY:  # it has been under way for a while
+        elif now - record.started > _EARLY:  # it has been under way for a while
             self._hasten()
         try:
             with section:
@@ -165,12 +166,12 @@ class Responder:
             lookout.remove(self)
             if self._listener is not None:
                 self._listener.cancel()
-            if self._timer is not None and self._target is None:
-                self._timer.cancel()
             # What the application's middlewares send by leads back to here.
             self._inner_send = self._coroutine = None
             if self._target is not None:
                 await self._end(section)
+            elif self._timer is not None:
+                self._timer.cancel()
 
     async def run_inside(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Run what the application's middlewares stand around: its router."""
@@ -221,35 +222,39 @@ class Responder:
             self._hasten()
         return message
 
-    async def send(self, message: Message) -> None:
+    # Each of these two hands over the server's own coroutine where it can: one less for each message.
+
+    def send(self, message: Message) -> Awaitable[None]:
         """What the application sends by, its middlewares included."""
         if self._closed:
-            return
-        clocks, kind = self._clocks, message["type"]
+            return _nothing()
+        kind = message["type"]
         if kind == "http.response.start":
-            self._begun = clocks.started = True
+            self._begun = self._clocks.started = True
             self._headers = message.get("headers", ())
         elif kind in _LAST and not message.get("more_body", False):
-            clocks.complete = True
-            await self._send(message)
-            return
+            self._clocks.complete = True
+            return self._send(message)
         elif not self._begun:  # what comes before a response is no part of it
-            await self._send(message)
-            return
-        else:
-            clocks.hand_over()
+            return self._send(message)
+        return self._send_on(message)
+
+    async def _send_on(self, message: Message) -> None:
+        clocks = self._clocks
+        clocks.hand_over()
         try:
             await self._send(message)
         finally:
             if clocks.handed_over(_clock.monotonic()) < self._armed:
                 self._hasten()
 
-    async def _send_inside(self, message: Message) -> None:
+    def _send_inside(self, message: Message) -> Awaitable[None]:
         send = self._inner_send
-        if not self._inner_closed and send is not None:
-            if message["type"] == "http.response.start":
-                self._inner_begun = True
-            await send(message)
+        if self._inner_closed or send is None:
+            return _nothing()
+        if message["type"] == "http.response.start":
+            self._inner_begun = True
+        return send(message)
 
     # -- the deadline, from anywhere ---------------------------------------------------------------
 
@@ -466,6 +471,10 @@ class Responder:
                 outcome=outcome,
             )
         )
+
+
+async def _nothing() -> None:
+    """What too late a message comes to."""
 
 
 _LAST = frozenset({"http.response.body", "http.response.zerocopysend", "http.response.pathsend"})

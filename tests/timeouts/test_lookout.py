@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
+from asyncguard import _clock
 from asyncguard.timeouts._lookout import Lookout
 from asyncguard.timeouts._loops import running_loop
 
@@ -78,7 +79,7 @@ def test_a_request_is_looked_after_once_when_its_seconds_have_passed(
 ) -> None:
     looked: list[str] = []
     lookout = make_lookout(timers, 5.0)
-    assert lookout.add(Request("it", looked)) == clock.now + 5
+    assert lookout.add(Request("it", looked), _clock.monotonic()) == clock.now + 5
     timers.turn(4.75)
     assert looked == []
     timers.turn(0.25)
@@ -91,7 +92,7 @@ def test_one_timer_for_all_in_the_order_in_which_they_came(timers: Timers) -> No
     looked: list[str] = []
     lookout = make_lookout(timers, 5.0)
     for number in range(4):
-        lookout.add(Request(str(number), looked))
+        lookout.add(Request(str(number), looked), _clock.monotonic())
         timers.turn(1)
     assert timers.set == [5.0]
     for number in range(1, 5):
@@ -106,7 +107,7 @@ def test_those_that_came_at_once_are_looked_after_at_once(timers: Timers) -> Non
     looked: list[str] = []
     lookout = make_lookout(timers, 5.0)
     for name in "abc":
-        lookout.add(Request(name, looked))
+        lookout.add(Request(name, looked), _clock.monotonic())
     timers.turn(5)
     assert looked == ["a", "b", "c"]
     assert timers.set == [5.0]
@@ -116,7 +117,7 @@ def test_a_timer_that_comes_late_looks_after_all_that_are_due(timers: Timers, cl
     looked: list[str] = []
     lookout = make_lookout(timers, 5.0)
     for name in "abc":
-        lookout.add(Request(name, looked))
+        lookout.add(Request(name, looked), _clock.monotonic())
         clock.turn(2)
     clock.turn(1)  # 7 seconds after the first: something has held the loop
     timers.turn(0)
@@ -129,7 +130,7 @@ def test_a_timer_that_comes_early_waits_for_the_rest(timers: Timers, clock: Turn
     """As uvloop's do, which count whole milliseconds."""
     looked: list[str] = []
     lookout = make_lookout(timers, 5.0)
-    lookout.add(Request("it", looked))
+    lookout.add(Request("it", looked), _clock.monotonic())
     clock.turn(4.75)
     timers.fire()
     assert looked == []
@@ -143,7 +144,7 @@ def test_who_is_removed_is_not_looked_after(timers: Timers) -> None:
     lookout = make_lookout(timers, 5.0)
     first, second, third = (Request(name, looked) for name in ("first", "second", "third"))
     for request in (first, second, third):
-        lookout.add(request)
+        lookout.add(request, _clock.monotonic())
     lookout.remove(second)
     timers.turn(5)
     assert looked == ["first", "third"]
@@ -157,12 +158,12 @@ def test_without_requests_the_timer_ends_and_the_next_one_sets_another(timers: T
     looked: list[str] = []
     lookout = make_lookout(timers, 5.0)
     first = Request("first", looked)
-    lookout.add(first)
+    lookout.add(first, _clock.monotonic())
     timers.turn(3)
     lookout.remove(first)
     timers.turn(3)
     assert not timers.waiting
-    lookout.add(Request("second", looked))
+    lookout.add(Request("second", looked), _clock.monotonic())
     assert timers.set == [5.0, 5.0]
     timers.turn(5)
     assert looked == ["second"]
@@ -172,10 +173,10 @@ def test_who_comes_while_the_timer_of_one_that_is_gone_runs_is_waited_for_in_ful
     looked: list[str] = []
     lookout = make_lookout(timers, 5.0)
     first = Request("first", looked)
-    lookout.add(first)
+    lookout.add(first, _clock.monotonic())
     lookout.remove(first)
     timers.turn(3)
-    lookout.add(Request("second", looked))
+    lookout.add(Request("second", looked), _clock.monotonic())
     timers.turn(4.75)
     assert looked == []
     timers.turn(0.25)
@@ -191,10 +192,10 @@ def test_a_look_that_fails_is_logged_and_the_others_are_looked_after(
 
     looked: list[str] = []
     lookout = make_lookout(timers, 5.0)
-    lookout.add(Request("fails", looked, fail))
-    lookout.add(Request("at once", looked))
+    lookout.add(Request("fails", looked, fail), _clock.monotonic())
+    lookout.add(Request("at once", looked), _clock.monotonic())
     timers.turn(1)
-    lookout.add(Request("later", looked))
+    lookout.add(Request("later", looked), _clock.monotonic())
     timers.turn(5)
     assert looked == ["fails", "at once", "later"]
     (record,) = caplog.records
@@ -211,10 +212,10 @@ def test_a_look_may_remove_and_add_others(timers: Timers) -> None:
 
     def change() -> None:
         lookout.remove(doomed)
-        lookout.add(new)
+        lookout.add(new, _clock.monotonic())
 
-    lookout.add(Request("it", looked, change))
-    lookout.add(doomed)
+    lookout.add(Request("it", looked, change), _clock.monotonic())
+    lookout.add(doomed, _clock.monotonic())
     timers.turn(5)
     assert looked == ["it"]
     assert timers.waiting == 1
@@ -228,10 +229,10 @@ def test_who_comes_again_after_a_look_is_waited_for_again(timers: Timers) -> Non
 
     def again() -> None:
         if len(looked) < 3:
-            lookout.add(request)
+            lookout.add(request, _clock.monotonic())
 
     request = Request("it", looked, again)
-    lookout.add(request)
+    lookout.add(request, _clock.monotonic())
     timers.turn(100)
     assert looked == ["it"] * 3
     assert timers.set == [5.0] * 3
@@ -241,7 +242,7 @@ def test_without_a_limit_no_timer_is_set(timers: Timers) -> None:
     looked: list[str] = []
     lookout = make_lookout(timers, math.inf)
     request = Request("it", looked)
-    assert lookout.add(request) == math.inf
+    assert lookout.add(request, _clock.monotonic()) == math.inf
     assert timers.set == []
     timers.turn(1e9)
     assert looked == []
@@ -258,7 +259,7 @@ async def test_on_every_loop_those_that_stay_are_looked_after_in_order() -> None
     lookout = Lookout(running_loop(), 0.01)
     gone = Request("gone", looked)
     for request in (Request("first", looked), gone, Request("last", looked, last.set)):
-        lookout.add(request)
+        lookout.add(request, _clock.monotonic())
     lookout.remove(gone)
     with anyio.fail_after(30):
         await last.wait()
@@ -271,7 +272,7 @@ async def test_on_every_loop_nobody_is_looked_after_before_the_clock_says_so(clo
     later, due = anyio.Event(), anyio.Event()
     loop = running_loop()
     lookout = Lookout(loop, 0.005)
-    lookout.add(Request("it", looked, due.set))
+    lookout.add(Request("it", looked, due.set), _clock.monotonic())
     loop.call_later(0.03, later.set)  # the loop's own time passes, ours does not
     with anyio.fail_after(30):
         await later.wait()
@@ -287,7 +288,7 @@ async def test_on_every_loop_a_second_timer_follows_the_first() -> None:
     looked: list[str] = []
     for number in range(3):
         due = anyio.Event()
-        lookout.add(Request(str(number), looked, due.set))
+        lookout.add(Request(str(number), looked, due.set), _clock.monotonic())
         with anyio.fail_after(30):
             await due.wait()
     assert looked == ["0", "1", "2"]
