@@ -27,6 +27,7 @@ class Listener:
     """
 
     def __init__(self, loop: Loop, receive: Receive, on_leave: Callable[[], None]) -> None:
+        self._loop = loop
         self._receive = receive
         self._on_leave = on_leave
         self._messages: deque[Message] = deque()
@@ -54,6 +55,9 @@ class Listener:
         self._task.cancel()
         self._on_leave = _nothing  # it leads to whom this belongs to
 
+    def _leave(self) -> None:
+        self._on_leave()
+
     async def _listen(self) -> None:
         is_last = False
         try:
@@ -63,7 +67,8 @@ class Listener:
                 self._messages.append(message)
                 self._came.set()
                 if message["type"] == "http.disconnect":
-                    self._on_leave()
+                    # A task that begins at once is here within whoever started it: that cannot be cancelled now.
+                    self._loop.call_later(0, self._leave)
                     return
                 if is_last or message.get("more_body", False):
                     await self._taken.wait()

@@ -314,6 +314,24 @@ async def test_tasks_that_begin_at_once(hangs: bool, header: bool, monkeypatch: 
     assert (client.body == b"busy") is not hangs
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no eager tasks before 3.12")
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"])
+async def test_tasks_that_begin_at_once_and_a_client_that_has_left_already() -> None:
+    """The server's task is not cancelled for a request that never waits: that would come after its end."""
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await answer_ok(scope, receive, send)
+
+    client = Client()
+    await guarded(app, timeout=30, cancel_on_disconnect=True)(client.scope, receive, client.send)
+    await anyio.sleep(0)
+    assert client.status == 200
+
+
 async def test_a_caller_who_will_not_wait_is_answered_without_the_handler() -> None:
     called: list[str] = []
 
