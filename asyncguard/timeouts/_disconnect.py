@@ -67,7 +67,7 @@ class Listener:
                 self._messages.append(message)
                 self._came.set()
                 if message["type"] == "http.disconnect":
-                    # A task that begins at once is here within whoever started it: that cannot be cancelled now.
+                    # A task that begins at once is still inside who started it: that cannot be cancelled now.
                     self._loop.call_later(0, self._leave)
                     return
                 if is_last or message.get("more_body", False):
