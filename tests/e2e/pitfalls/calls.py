@@ -161,13 +161,10 @@ LEVELS = 45
 
 @router.get("/deep")
 async def copy_nested(seconds: float) -> None:
-    count = units("deep", seconds)
-    nested: list[Any] = NUMBERS[:count]
-    for _ in range(LEVELS):
-        nested = [nested]
-    await asyncio.sleep(0)
+    count = units("deep", seconds, first=5)
     with timed("deep", count):
-        copy.deepcopy(nested)  # blocks: deep
+        for _ in range(count):
+            copy.deepcopy(NESTED)  # blocks: deep
 
 
 # -- C that holds the GIL --------------------------------------------------------------------------
@@ -182,6 +179,9 @@ async def match_badly(seconds: float) -> None:
 
 
 NUMBERS = [0.1 + number for number in range(3_000_000)]
+NESTED: list[Any] = NUMBERS[:1000]
+for _ in range(LEVELS):
+    NESTED = [NESTED]
 
 
 @router.get("/json")
