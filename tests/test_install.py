@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -336,6 +337,17 @@ def test_bad_options_of_timeouts_are_refused_by_the_names_that_install_has_for_t
     assert str(caught.value).startswith(f"{option} must be ")
     assert repr(value) in str(caught.value)
     asyncguard.install(app)
+
+
+def test_timeouts_are_off_by_default_and_the_rest_of_them_is_as_in_the_middleware() -> None:
+    options = inspect.signature(asyncguard.install).parameters
+    alone = inspect.signature(TimeoutMiddleware).parameters
+    assert {each.kind for name, each in options.items() if name != "app"} == {inspect.Parameter.KEYWORD_ONLY}
+    assert options["timeout"].default is None
+    for name, option in alone.items():
+        if name not in ("app", "timeout"):
+            prefixed = f"timeout_{name}" if name in ("grace", "status_code", "answer") else name
+            assert options[prefixed].default == option.default, name
 
 
 class Signs:

@@ -307,7 +307,8 @@ class Responder:
             look_again = now + max(_limit.shortest, _SHORTEST_WAIT)
             self._arm(due.at if is_known else min(due.at, look_again), now)
         elif is_debugged(late):
-            self._clocks.postpone(max(late, 1.0))
+            # How much was left when it stopped is not known.
+            self._clocks.postpone(now - due.at + max(due.limit, 1.0))
             self._arm(self._clocks.due().at, now)
         elif due.clock == "idle" and _is_event_stream(self._headers):
             self._clocks.idle = math.inf

@@ -1,9 +1,9 @@
 """Two applications for thousands of requests that run out of time, and what is left of those.
 
 ``/storm/KIND/MILLISECONDS/NUMBER`` does what `HANDLERS` has under that kind.
-``/race/KIND/MICROSECONDS/NUMBER`` answers so many microseconds after its deadline, or before it. Every whole
-response of a handler is `body_of` the number. The paths of `ADMIN` are outside the guards: they tell what
-there is.
+``/race/KIND/MICROSECONDS/NUMBER`` answers so many microseconds after its deadline, or before it, and so does
+``/race-single``, behind a single layer. Every whole response of a handler is `body_of` the number. The paths
+of `ADMIN` are outside the guards: they tell what there is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from types import AsyncGeneratorType, CoroutineType
 from typing import Any
 
 import anyio
-from fastapi import FastAPI, Request, Response
+import anyio.to_thread
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -30,7 +31,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import Receive, Scope, Send
 
 import asyncguard
-from asyncguard import TimeoutReport, abandoned
+from asyncguard import TimeoutMiddleware, TimeoutReport, abandoned
 
 LIMIT = 0.5
 """In the storm, for those whose caller sets none."""
@@ -208,27 +209,33 @@ storm.add_middleware(Passing)
 
 # -- handlers of the race --------------------------------------------------------------------------
 
-race = FastAPI()
+racers = APIRouter()
 
 
-@race.get("/race/asleep/{microseconds}/{number}")
+@racers.get("/asleep/{microseconds}/{number}")
 async def asleep_until_the_deadline(microseconds: int, number: int) -> Response:
     await anyio.sleep(TICK + microseconds / 1e6)
     return PlainTextResponse(body_of(number))
 
 
-@race.get("/race/thread/{microseconds}/{number}")
+@racers.get("/thread/{microseconds}/{number}")
 def in_thread_until_the_deadline(microseconds: int, number: int) -> Response:
     time.sleep(TICK + microseconds / 1e6)
     return PlainTextResponse(body_of(number))
 
 
-@race.get("/race/quick/{microseconds}/{number}")
+@racers.get("/quick/{microseconds}/{number}")
 async def long_before_the_deadline(microseconds: int, number: int) -> Response:
     return PlainTextResponse(body_of(number))
 
 
+race = FastAPI()
+race.include_router(racers, prefix="/race")
 asyncguard.install(race, timeout=TICK, idle_timeout=None, block_threshold=None, log=False)
+
+race_single = FastAPI()
+race_single.include_router(racers, prefix="/race-single")
+race_single.add_middleware(TimeoutMiddleware, timeout=TICK, idle_timeout=None, log=False)
 
 
 # -- what is left ----------------------------------------------------------------------------------
@@ -297,6 +304,7 @@ async def counts() -> Any:
     gc.collect()
     return {
         "abandoned": abandoned(),
+        "borrowed": anyio.to_thread.current_default_thread_limiter().borrowed_tokens,
         "unfinished": {kind: begun[kind] - ended[kind] for kind in begun if begun[kind] != ended[kind]},
         "tasks": tasks(),
         "timers": timers(),
@@ -331,5 +339,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse(await ADMIN[path]())(scope, receive, send)
     elif path.startswith("/race/"):
         await race(scope, receive, send)
+    elif path.startswith("/race-single/"):
+        await race_single(scope, receive, send)
     else:
         await storm(scope, receive, send)

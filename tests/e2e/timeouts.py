@@ -1,7 +1,8 @@
 """Applications whose requests run out of time, each guarded in another way; served side by side.
 
 The first part of a path is the name of the application, the last one a token of the test's own. What
-happens in a handler is noted under that token, and so are the reports; ``/notes/TOKEN`` tells.
+happens in a handler is noted under that token, and so are the reports; ``/notes/TOKEN`` tells. Some handlers
+stand at a gate of their token's, which ``/release/TOKEN`` opens.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from contextvars import ContextVar
 from typing import Annotated, Any
 
 import anyio
+import anyio.to_thread
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.sse import EventSourceResponse
 from starlette.background import BackgroundTask
 from starlette.endpoints import HTTPEndpoint
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -39,6 +43,8 @@ LONG = 60.0
 notes: defaultdict[str, list[Any]] = defaultdict(list)
 threads: dict[str, int] = {"now": 0, "most": 0}
 threads_lock = threading.Lock()
+served_by: dict[str, str] = {}
+"""The module of the server's that a request or a websocket came from, by its token."""
 seen: ContextVar[str] = ContextVar("seen", default="nothing")
 
 
@@ -205,7 +211,7 @@ async def stalled(token: str, length: int = 0) -> Response:
 
 def stalling_in_thread(token: str) -> Iterator[bytes]:
     yield b"begun" * 100
-    time.sleep(4 * LIMIT)
+    gate_of(token).passed_in_thread()
     notes[token].append("ended")
     yield b"ended" * 100
 
@@ -376,6 +382,214 @@ async def left(token: str) -> float:
 router.include_router(hasty)
 
 
+# -- at a gate -------------------------------------------------------------------------------------
+
+GATE = 15.0
+"""Seconds after which the gate is given up: only a test that fails leaves it closed."""
+
+
+class Gate:
+    """Is opened once, for coroutines and for threads."""
+
+    def __init__(self) -> None:
+        self._opened = anyio.Event()
+        self._opened_for_threads = threading.Event()
+
+    def open(self) -> None:
+        self._opened.set()
+        self._opened_for_threads.set()
+
+    async def passed(self) -> None:
+        with anyio.fail_after(GATE):
+            await self._opened.wait()
+
+    def passed_in_thread(self) -> None:
+        if not self._opened_for_threads.wait(GATE):
+            raise TimeoutError
+
+
+gates: dict[str, Gate] = {}
+
+
+def gate_of(token: str) -> Gate:
+    return gates.setdefault(token, Gate())  # in one step: threads come here too
+
+
+async def pass_gate(token: str) -> None:
+    await gate_of(token).passed()
+    notes[token].append("passed")
+
+
+gated = APIRouter(prefix="/gate")
+
+
+@gated.get("/shielded/{token}")
+async def shielded_at_gate(token: str) -> None:
+    with anyio.CancelScope(shield=True):
+        notes[token].append("begun")
+        await pass_gate(token)
+    try:
+        await anyio.sleep(LONG)
+    except anyio.get_cancelled_exc_class():
+        notes[token].append("cancelled")
+        raise
+
+
+@gated.get("/asyncio-shield/{token}")
+async def asyncio_shield_at_gate(token: str) -> None:
+    passes = asyncio.create_task(pass_gate(token))
+    try:
+        await asyncio.shield(passes)
+    except asyncio.CancelledError:
+        notes[token].append("cancelled")
+        raise
+
+
+@gated.get("/cleanup/{token}")
+async def cleanup_at_gate(token: str, shield: bool) -> None:
+    try:
+        await anyio.sleep(LONG)
+    finally:
+        notes[token].append("cancelled")
+        with anyio.CancelScope(shield=shield):
+            await pass_gate(token)
+
+
+@gated.get("/swallow/{token}")
+async def swallow_at_gate(token: str) -> str:
+    while "passed" not in notes[token]:
+        try:
+            await pass_gate(token)
+        except asyncio.CancelledError:
+            notes[token].append("cancelled")
+    return "too late"
+
+
+@gated.get("/thread/{token}")
+def thread_at_gate(token: str) -> None:
+    notes[token].append("begun")
+    gate_of(token).passed_in_thread()
+    notes[token].append("passed")
+
+
+barriers: dict[str, threading.Barrier] = {}
+
+
+@gated.get("/together/{token}")
+@timeout(None)
+def together(token: str, count: int) -> int:
+    """Waits in its thread until so many others are there as well."""
+    return barriers.setdefault(token, threading.Barrier(count)).wait(GATE)
+
+
+# Streams that have nothing to send until the gate is open. Their response begins before that.
+
+
+async def late_items(token: str) -> AsyncIterator[bytes]:
+    try:
+        await pass_gate(token)
+        yield b"first"
+    finally:
+        notes[token].append("ended")
+
+
+def late_items_in_thread(token: str) -> Iterator[bytes]:
+    gate_of(token).passed_in_thread()
+    notes[token].append("ended")
+    yield b"first"
+
+
+@gated.get("/stream/{token}")
+@timeout(LIMIT / 4)
+async def stream(token: str) -> Response:
+    return StreamingResponse(late_items(token), media_type="text/plain")
+
+
+@gated.get("/stream-in-thread/{token}")
+@timeout(LIMIT / 4)
+async def stream_in_thread(token: str) -> Response:
+    return StreamingResponse(late_items_in_thread(token), media_type="text/plain")
+
+
+@gated.get("/generator/{token}")
+@timeout(LIMIT / 4)
+async def generator(token: str) -> AsyncIterator[str]:
+    async for item in late_items(token):
+        yield item.decode()
+
+
+@gated.get("/generator-in-thread/{token}")
+@timeout(LIMIT / 4)
+def generator_in_thread(token: str) -> Iterator[str]:
+    for item in late_items_in_thread(token):
+        yield item.decode()
+
+
+@gated.get("/events/{token}", response_class=EventSourceResponse)
+@timeout(LIMIT / 4)
+async def late_events(token: str) -> AsyncIterator[str]:
+    async for item in late_items(token):
+        yield item.decode()
+
+
+router.include_router(gated)
+
+
+# -- when and how often it is cancelled ------------------------------------------------------------
+
+
+@router.get("/timed/{token}")
+async def timed(token: str) -> None:
+    """Notes when it was cancelled; one clock for all processes."""
+    notes[token].append("begun")
+    try:
+        await anyio.sleep(LONG)
+    finally:
+        notes[token].append(time.monotonic())
+
+
+@router.get("/endless-cleanup/{token}")
+async def endless_cleanup(token: str) -> None:
+    """Notes when it was cancelled, and how many requests ran on then."""
+    try:
+        await anyio.sleep(LONG)
+    finally:
+        notes[token] += [time.monotonic(), abandoned()]
+        try:
+            await anyio.sleep_forever()
+        finally:
+            notes[token] += [time.monotonic(), abandoned()]
+
+
+@router.post("/reading/{token}")
+async def reading(token: str, request: Request) -> None:
+    """Goes on for nobody, unless it is cancelled."""
+    try:
+        async for _ in request.stream():
+            notes[token].append("read")
+    except ClientDisconnect:
+        await anyio.sleep(LONG)
+    finally:
+        notes[token].append("ended")
+
+
+class Deaf(Response):
+    """A response that begins and stalls, and does not listen for its client's leaving as Starlette's do."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        try:
+            await anyio.sleep(LONG)
+        finally:
+            notes[scope["path"].rpartition("/")[2]].append("ended")
+
+
+@router.get("/deaf/{token}")
+async def deaf(token: str) -> Response:
+    return Deaf()
+
+
 # -- middlewares -----------------------------------------------------------------------------------
 
 
@@ -462,7 +676,9 @@ GZIP = (GZipMiddleware, {"minimum_size": 1})
 BASE: tuple[Any, dict[str, Any]] = (Passing, {})
 
 
-def make(*middlewares: Any, install: bool = True, before: int = 0, **options: Any) -> FastAPI:
+def make(
+    *middlewares: Any, install: bool = True, before: int = 0, grace: float = GRACE, **options: Any
+) -> FastAPI:
     """An application with these middlewares, innermost first; `before` of them are added before `install`."""
     app = FastAPI()
     app.include_router(router)
@@ -472,9 +688,9 @@ def make(*middlewares: Any, install: bool = True, before: int = 0, **options: An
     for middleware, arguments in middlewares[:before]:
         app.add_middleware(middleware, **arguments)
     if install:
-        asyncguard.install(app, timeout_grace=GRACE, **{"block_threshold": None, **OPTIONS, **options})
+        asyncguard.install(app, timeout_grace=grace, **{"block_threshold": None, **OPTIONS, **options})
     else:
-        app.add_middleware(TimeoutMiddleware, grace=GRACE, **{**OPTIONS, **options})
+        app.add_middleware(TimeoutMiddleware, grace=grace, **{**OPTIONS, **options})
     for middleware, arguments in middlewares[before:]:
         app.add_middleware(middleware, **arguments)
     return app
@@ -527,18 +743,34 @@ APPLICATIONS: dict[str, FastAPI] = {
     "answer-response": make(timeout_answer=PlainTextResponse("later, please", 503)),
     "failing-answer": make(timeout_answer=failing_answer, timeout_status_code=503),
     "hanging-answer": make(timeout_answer=hanging_answer),
+    "patient": make(grace=LONG),
+    "patient-single": make(install=False, grace=LONG),
     "disconnect": make(timeout=LONG, idle_timeout=None, body_timeout=None, cancel_on_disconnect=True),
     "disconnect-single": make(
         BASE, install=False, timeout=None, idle_timeout=None, body_timeout=None, cancel_on_disconnect=True
+    ),
+    "disconnect-base": make(
+        BASE, timeout=LONG, idle_timeout=None, body_timeout=None, cancel_on_disconnect=True
     ),
     "deadline": make(deadline_header="X-Timeout"),
     "deadline-single": make(install=False, timeout=None, deadline_header="X-Timeout"),
 }
 
 
+NO_WORKERS = ("MainThread", "asyncguard-", "asyncio_")
+"""What the names of threads begin with that are none of anyio's or trio's workers."""
+
+
 async def tell(scope: Scope, receive: Receive, send: Send) -> None:
     token = scope["path"].rpartition("/")[2]
-    told = {"notes": notes[token], "abandoned": abandoned(), "threads": threads}
+    told = {
+        "notes": notes[token],
+        "abandoned": abandoned(),
+        "threads": threads,
+        "borrowed": anyio.to_thread.current_default_thread_limiter().borrowed_tokens,
+        "workers": sum(not each.name.startswith(NO_WORKERS) for each in threading.enumerate()),
+        "served_by": served_by.get(token),
+    }
     await JSONResponse(told)(scope, receive, send)
 
 
@@ -549,5 +781,9 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     name, _, path = scope["path"].removeprefix("/").partition("/")
     if name == "notes":
         await tell(scope, receive, send)
+    elif name == "release":
+        gate_of(path).open()
+        await PlainTextResponse("open")(scope, receive, send)
     else:
+        served_by[path.rpartition("/")[2]] = type(getattr(send, "__self__", None)).__module__
         await APPLICATIONS[name]({**scope, "path": f"/{path}"}, receive, send)

@@ -416,8 +416,6 @@ def test_a_frame_that_does_not_tell_its_thread() -> None:
 @pytest.mark.parametrize("module", ["h11_impl", "httptools_impl"])
 def test_under_uvicorn_a_send_tells_its_connection(module: str) -> None:
     """It is a method of the cycle of a request and its response, which has a `transport`."""
-    if module == "httptools_impl":
-        pytest.importorskip("httptools")
     implementation = importlib.import_module(f"uvicorn.protocols.http.{module}")
     cycle_class = implementation.RequestResponseCycle
     arguments = {name: Mock(name=name) for name in inspect.signature(cycle_class).parameters}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import math
 import os
@@ -91,6 +92,21 @@ BAD_OPTIONS = [
 ]
 
 
+DEFAULTS = {
+    "timeout": 30.0,
+    "idle_timeout": 60.0,
+    "body_timeout": 30.0,
+    "grace": 5.0,
+    "status_code": 504,
+    "answer": None,
+    "deadline_header": None,
+    "cancel_on_disconnect": False,
+    "on_timeout": None,
+    "project_root": None,
+    "log": True,
+}
+
+
 @pytest.mark.parametrize(("option", "value", "error", "allowed"), BAD_OPTIONS)
 def test_a_bad_option_is_refused_by_its_name(
     option: str, value: Any, error: type[Exception], allowed: str
@@ -101,6 +117,21 @@ def test_a_bad_option_is_refused_by_its_name(
     assert str(caught.value).startswith(f"{option} must be ")
     assert allowed in str(caught.value)
     assert repr(value) in str(caught.value)
+
+
+def test_options_are_keywords_with_these_defaults() -> None:
+    app, *options = inspect.signature(TimeoutMiddleware).parameters.values()
+    assert (app.name, app.kind, app.default) == ("app", app.POSITIONAL_OR_KEYWORD, app.empty)
+    assert {option.kind for option in options} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {option.name: option.default for option in options} == DEFAULTS
+
+
+def test_without_options_the_defaults_hold() -> None:
+    middleware = TimeoutMiddleware(answer_ok)
+    assert (middleware.timeout, middleware.idle_timeout, middleware.body_timeout) == (30.0, 60.0, 30.0)
+    assert middleware.grace == 5.0
+    assert middleware.answer is middleware.plain_answer
+    assert middleware.cancel_on_disconnect is False
 
 
 @pytest.mark.parametrize("app", [None, "main:app", 5])

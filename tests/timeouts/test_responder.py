@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncguard import BlockingMiddleware, TimeoutMiddleware, abandoned, remaining
-from asyncguard.timeouts import InnerLayer, _limit
+from asyncguard.timeouts import InnerLayer, _limit, _responder
 from asyncguard.timeouts._loops import running_loop
 from tests.asgi_driver import (
     ANSWER,
@@ -256,6 +256,107 @@ async def test_what_is_left(clock: TurnedClock) -> None:
     assert remaining() == math.inf
     await Client().drive(guarded(app, timeout=0.5))
     assert left == [0.5, 0.25, math.inf]
+
+
+# -- a debugger --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attached(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a debugger is attached, as its last element says; one is."""
+    said = [True]
+    monkeypatch.setattr(_responder, "is_debugged", lambda late: said[-1])
+    return said
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["single", "installed"])
+async def test_while_a_debugger_is_attached_nobody_is_answered(
+    clock: TurnedClock, attached: list[bool], single: bool
+) -> None:
+    left: list[float] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for seconds in (0.6, 3600.0, 0.6):
+            clock.turn(seconds)
+            responder_of(scope).look()
+            await anyio.wait_all_tasks_blocked()
+            left.append(remaining())
+        assert client.sent == []
+        attached.append(False)
+        clock.turn(remaining() - 0.01)
+        responder_of(scope).look()
+        await anyio.wait_all_tasks_blocked()
+        assert client.sent == []
+        clock.turn(0.02)
+        responder_of(scope).look()
+        await anyio.sleep_forever()
+
+    client = Client()
+    await client.drive(guarded(app, single=single, timeout=0.5))
+    assert min(left) > 0
+    assert client.status == 504
+
+
+async def test_after_a_debuggers_prompt_there_is_time_again(
+    clock: TurnedClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one was there is told by how late the look is, and that only once."""
+    monkeypatch.setattr(_responder, "is_debugged", lambda late: late > 1)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        clock.turn(60)
+        responder_of(scope).look()
+        assert remaining() == pytest.approx(5)
+        clock.turn(4)
+        responder_of(scope).look()
+        await answer_ok(scope, receive, send)
+
+    client = Client()
+    await client.drive(guarded(app, timeout=5))
+    assert client.status == 200
+
+
+async def test_while_a_debugger_is_attached_no_stalled_response_is_cut(
+    clock: TurnedClock, attached: list[bool]
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(ANSWER[0])
+        clock.turn(3600)
+        responder_of(scope).look()
+        await send({**ANSWER[1], "more_body": True})
+        attached.append(False)
+        clock.turn(0.6)
+        responder_of(scope).look()
+        await send(ANSWER[1])
+
+    client = Client()
+    await client.drive(guarded(app, timeout=0.5, idle_timeout=0.5))
+    assert client.types == ["start", "body"]
+    assert not client.complete.is_set()
+
+
+async def test_while_a_debugger_is_attached_no_stalled_upload_is_refused(
+    clock: TurnedClock, attached: list[bool]
+) -> None:
+    async def turn() -> None:
+        clock.turn(3600)
+        responder_of(client.scope).look()
+        await anyio.wait_all_tasks_blocked()
+        assert client.sent == []
+        attached.append(False)
+
+    async def stall() -> None:
+        clock.turn(0.6)
+        responder_of(client.scope).look()
+        await anyio.sleep_forever()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+
+    client = Client(turn, piece(b"x" * 5000), stall)
+    await client.drive(guarded(app, timeout=30, body_timeout=0.5))
+    assert client.status == 408
 
 
 # -- one response ------------------------------------------------------------------------------------

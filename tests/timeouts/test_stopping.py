@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncguard import abandoned
 from asyncguard.timeouts import _limit
+from asyncguard.timeouts._asyncio import AsyncioLoop
 from tests.asgi_driver import (
     SOON,
     Client,
@@ -103,6 +104,41 @@ async def test_who_swallows_it_and_goes_on_is_cancelled_again_after_grace() -> N
     assert client.status == 504
     assert steps == ["cancelled", "cancelled"]
     assert (await reports.first()).outcome == "running"
+
+
+@on_asyncio
+@layers
+async def test_it_is_cancelled_again_when_grace_is_over_and_not_before(
+    single: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    over: list[Callable[[], None]] = []
+    call_later = AsyncioLoop.call_later
+
+    def call_by_hand(loop: AsyncioLoop, delay: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        if delay == 30:
+            over.append(call)
+        return call_later(loop, delay, call)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            steps.append("cancelled once")
+            (call,) = over
+            call()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                steps.append("cancelled again")
+
+    monkeypatch.setattr(AsyncioLoop, "call_later", call_by_hand)
+    client = Client()
+    await client.drive(guarded(app, single=single, grace=30))
+    assert client.status == 504
+    assert steps == ["cancelled once", "cancelled again"]
 
 
 @on_asyncio
