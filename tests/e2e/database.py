@@ -26,7 +26,10 @@ POOL = 10
 PATIENCE = 30.0
 """Seconds in which everything else is done, on the busiest machine."""
 
-engine = create_async_engine("postgresql+asyncpg://", pool_size=POOL, max_overflow=0)
+# A driver that closes a connection in mid-query may leave its server process to that query, as if there still
+# were somebody to wait for it: unless the server looks now and then.
+CHECKED = {"server_settings": {"client_connection_check_interval": "500"}}
+engine = create_async_engine("postgresql+asyncpg://", pool_size=POOL, max_overflow=0, connect_args=CHECKED)
 counted: Counter[str] = Counter()
 barrier = asyncio.Barrier(POOL)
 
