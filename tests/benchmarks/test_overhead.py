@@ -126,7 +126,9 @@ def test_load_is_measured_by_the_servers_own_cpu() -> None:
         wall = time.monotonic_ns()
         many = server.load(40 * CONNECTIONS)
         wall = time.monotonic_ns() - wall
-    assert 0 <= few < many <= 1.1 * wall  # some clocks tick every 10 ms: the few may fall between two ticks
+    # Some clocks tick every 10 ms: the few may fall between two ticks. And it works before and after the time
+    # from the first request to the last answer.
+    assert 0 <= few < many <= 2 * wall
 
 
 @pytest.mark.e2e

@@ -161,10 +161,13 @@ LEVELS = 45
 
 @router.get("/deep")
 async def copy_nested(seconds: float) -> None:
-    count = units("deep", seconds, first=5)
+    count = units("deep", seconds)
+    nested: list[Any] = [(0.5,)] * count  # few, and each takes long: to gather many would be a stall too
+    for _ in range(LEVELS):
+        nested = [nested]
+    await asyncio.sleep(0)
     with timed("deep", count):
-        for _ in range(count):
-            copy.deepcopy(NESTED)  # blocks: deep
+        copy.deepcopy(nested)  # blocks: deep
 
 
 # -- C that holds the GIL --------------------------------------------------------------------------
@@ -179,9 +182,6 @@ async def match_badly(seconds: float) -> None:
 
 
 NUMBERS = [0.1 + number for number in range(3_000_000)]
-NESTED: list[Any] = NUMBERS[:1000]
-for _ in range(LEVELS):
-    NESTED = [NESTED]
 
 
 @router.get("/json")
