@@ -6,17 +6,30 @@
 Or, without a change to the application: ``asyncguard run main:app``.
 """
 
+from typing import TYPE_CHECKING
+
 from asyncguard._install import guard, install
 from asyncguard._request import remaining
 from asyncguard.blocking import BlockingMiddleware, LoopMonitor
-from asyncguard.errors import AppNotLoaded, AsyncguardError
+from asyncguard.errors import (
+    AppNotLoaded,
+    AsyncguardError,
+    NotOffloadable,
+    OffloadError,
+    OffloadQueueFull,
+    OffloadTimeout,
+    PayloadError,
+    WorkerCrashed,
+)
 from asyncguard.events import (
     Advice,
     BlockedLine,
     BlockReport,
     BusyReport,
+    DurationHistogram,
     HangReport,
     InFlight,
+    OffloadStats,
     SourceLine,
     StackSample,
     StallHistogram,
@@ -25,7 +38,11 @@ from asyncguard.events import (
     Victim,
     Windows,
 )
+from asyncguard.offloading import Offloaded, offload, report_progress
 from asyncguard.timeouts import TimeoutMiddleware, abandoned, timeout
+
+if TYPE_CHECKING:
+    from asyncguard.offloading import OffloadPool
 
 __all__ = [
     "Advice",
@@ -35,9 +52,18 @@ __all__ = [
     "BlockedLine",
     "BlockingMiddleware",
     "BusyReport",
+    "DurationHistogram",
     "HangReport",
     "InFlight",
     "LoopMonitor",
+    "NotOffloadable",
+    "OffloadError",
+    "OffloadPool",
+    "OffloadQueueFull",
+    "OffloadStats",
+    "OffloadTimeout",
+    "Offloaded",
+    "PayloadError",
     "SourceLine",
     "StackSample",
     "StallHistogram",
@@ -46,9 +72,20 @@ __all__ = [
     "TimeoutReport",
     "Victim",
     "Windows",
+    "WorkerCrashed",
     "abandoned",
     "guard",
     "install",
+    "offload",
     "remaining",
+    "report_progress",
     "timeout",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "OffloadPool":  # see `asyncguard.offloading`
+        from asyncguard.offloading import OffloadPool
+
+        return OffloadPool
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -14,6 +14,7 @@ from asyncguard._asgi import checked_app
 from asyncguard._options import checked_answer, checked_error_status, checked_seconds
 from asyncguard.blocking import SHORTEST_THRESHOLD, BlockingMiddleware, LoopMonitor
 from asyncguard.events import BlockReport, BusyReport, HangReport, TimeoutReport
+from asyncguard.offloading import ANSWERS, with_pool
 from asyncguard.timeouts import InnerLayer, TimeoutMiddleware
 
 __all__ = ["guard", "install"]
@@ -38,6 +39,7 @@ def install(
     deadline_header: str | None = None,
     cancel_on_disconnect: bool = False,
     on_timeout: Callable[[TimeoutReport], object] | None = None,
+    offload_workers: int | None = None,
     log: bool = True,
 ) -> None:
     """Guard a Starlette or FastAPI application, in place.
@@ -70,6 +72,8 @@ def install(
         deadline_header: The name of a header in which callers say for how many seconds they will wait.
         cancel_on_disconnect: Whether to cancel a handler when its client leaves.
         on_timeout: Called with each `TimeoutReport`, on a thread of its own.
+        offload_workers: How many worker processes `@offload` has: started with the application, and ended
+            with it. By default they are started as calls need them, up to as many as there are CPUs.
         log: Whether to log to ``asyncguard.blocking`` and ``asyncguard.timeouts``.
 
     Raises:
@@ -115,7 +119,14 @@ def install(
         project_root=project_root,
         log=log,
     )
-    if blocking is not None or timeout is not None:
+    if offload_workers is not None:
+        from asyncguard.offloading import OffloadPool
+
+        OffloadPool(offload_workers)  # so that it is checked here
+        lifespan: Any = app.router.lifespan_context
+        spanning: Any = with_pool(lifespan, lambda: OffloadPool(offload_workers))
+        app.router.lifespan_context = spanning
+    if blocking is not None or timeout is not None or offload_workers is not None:
         stack = _GuardedStack(app, blocking, timeouts if timeout is not None else None)
         app.build_middleware_stack = stack  # type: ignore[method-assign]
 
@@ -183,6 +194,9 @@ class _GuardedStack:
 
     def __call__(self) -> ASGIApp:
         app, blocking, timeouts = self._app, self._blocking, self._timeouts
+        for error, answer in ANSWERS.items():
+            if app.exception_handlers.keys().isdisjoint(set(error.__mro__) - {Exception}):
+                app.add_exception_handler(error, answer)
         if timeouts is None:
             stack = self._build()
         else:

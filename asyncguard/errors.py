@@ -1,7 +1,13 @@
 """Every exception that asyncguard raises of its own.
 
     AsyncguardError
-    └── AppNotLoaded    an import string that leads to no ASGI application
+    ├── AppNotLoaded            an import string that leads to no ASGI application
+    └── OffloadError            an offloaded call that gave no result, though its function did not raise
+        ├── NotOffloadable      a function that a worker could not find again
+        ├── OffloadQueueFull    too many calls wait already
+        ├── OffloadTimeout      the call ran out of time; also a `TimeoutError`
+        ├── PayloadError        an argument, a result or an exception that cannot be sent
+        └── WorkerCrashed       the process died under the call
 
 A bad option is no member of this tree: it raises `ValueError` or `TypeError` when the application is
 built, as it does everywhere else in Python.
@@ -9,7 +15,16 @@ built, as it does everywhere else in Python.
 
 from __future__ import annotations
 
-__all__ = ["AppNotLoaded", "AsyncguardError"]
+__all__ = [
+    "AppNotLoaded",
+    "AsyncguardError",
+    "NotOffloadable",
+    "OffloadError",
+    "OffloadQueueFull",
+    "OffloadTimeout",
+    "PayloadError",
+    "WorkerCrashed",
+]
 
 
 class AsyncguardError(Exception):
@@ -18,3 +33,69 @@ class AsyncguardError(Exception):
 
 class AppNotLoaded(AsyncguardError):
     """Raised when an import string such as ``main:app`` does not lead to an ASGI application."""
+
+
+class OffloadError(AsyncguardError):
+    """The root of what offloaded calls raise that gave no result, though their functions did not raise."""
+
+
+class NotOffloadable(OffloadError):
+    """Raised for a function that a worker could not find again, such as a lambda or a closure."""
+
+
+class OffloadQueueFull(OffloadError):
+    """Raised when as many calls wait for a worker as `max_queue` allows. The call has not been begun.
+
+    Attributes:
+        retry_after: In about how many seconds a worker will be free.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message, retry_after)
+        self.retry_after: float = retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class OffloadTimeout(OffloadError, TimeoutError):
+    """Raised when a call ran out of time, in the queue or in its worker.
+
+    A worker process is being stopped by then, unless `on_cancel` is ``"abandon"``. In a thread, or in an
+    executor, what has begun runs on.
+
+    Attributes:
+        stack: What the worker ran at that moment, innermost line first; empty if it did not tell.
+    """
+
+    def __init__(self, message: str, stack: str = "") -> None:
+        super().__init__(message, stack)
+        self.stack: str = stack
+
+    def __str__(self) -> str:
+        return _with_stack(str(self.args[0]), self.stack)
+
+
+class PayloadError(OffloadError):
+    """Raised when an argument, a result or an exception cannot be pickled, or cannot be rebuilt."""
+
+
+class WorkerCrashed(OffloadError):
+    """Raised when the worker died under the call, or could not be started. The call is not run again.
+
+    Attributes:
+        exit_code: What the process ended with: negative for the number of a signal, `None` if not known.
+        stack: What it ran when it crashed, innermost line first; empty if it could not tell.
+    """
+
+    def __init__(self, message: str, exit_code: int | None = None, stack: str = "") -> None:
+        super().__init__(message, exit_code, stack)
+        self.exit_code: int | None = exit_code
+        self.stack: str = stack
+
+    def __str__(self) -> str:
+        return _with_stack(str(self.args[0]), self.stack)
+
+
+def _with_stack(message: str, stack: str) -> str:
+    return f"{message}\n{stack}" if stack else message

@@ -11,8 +11,10 @@ __all__ = [
     "BlockedLine",
     "BusyReport",
     "Cause",
+    "DurationHistogram",
     "HangReport",
     "InFlight",
+    "OffloadStats",
     "SourceLine",
     "StackSample",
     "StallHistogram",
@@ -305,6 +307,58 @@ class StallHistogram:
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
     total: float
+
+
+@dataclass(frozen=True, slots=True)
+class DurationHistogram:
+    """How many of something took how long.
+
+    Attributes:
+        bounds: The upper bounds of the classes in seconds, each included; the last class has none.
+        counts: How many each class has: one number more than there are bounds.
+        total: The seconds of all together.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadStats:
+    """How a pool of worker processes is doing, and what has happened since it was made.
+
+    Attributes:
+        workers: How many processes there are, those that start included.
+        idle: How many of them wait for a call.
+        running: How many run one.
+        queued: How many calls wait for a worker.
+        calls: Calls that a worker has answered, with a result or an exception.
+        refused: Calls that found the queue full.
+        timeouts: Calls that ran out of time.
+        cancelled: Calls that nobody waited for any more.
+        crashes: Calls whose worker died by itself.
+        kills: Workers that were ended since they did not stop when told to.
+        respawns: Workers that were started in place of one that had died.
+        recycled: Workers that were replaced for their number of calls or their memory.
+        wait: For how long calls waited for a worker.
+        run: For how long they ran.
+    """
+
+    workers: int
+    idle: int
+    running: int
+    queued: int
+    calls: int
+    refused: int
+    timeouts: int
+    cancelled: int
+    crashes: int
+    kills: int
+    respawns: int
+    recycled: int
+    wait: DurationHistogram
+    run: DurationHistogram
 
 
 @dataclass(frozen=True, slots=True)

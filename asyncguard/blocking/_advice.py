@@ -130,8 +130,8 @@ _CURES = (
     ),
     _Cure(
         "big-json",
-        "Encode and decode big documents in a worker process: "
-        "`await anyio.to_process.run_sync(...)`; a thread would still hold the GIL",
+        "Encode and decode big documents in a worker process: decorate the function that does it with "
+        "`@asyncguard.offload`, and await it; a thread would still hold the GIL",
         ("json.*", "_json.*"),
     ),
 )
@@ -143,12 +143,14 @@ _COLLECTING = _Cure(
 )
 _GIL = _Cure(
     "threads-that-compute",
-    "Compute in a worker process, not in a thread: `await anyio.to_process.run_sync(...)`",
+    "Compute in a worker process, not in a thread: decorate the function with `@asyncguard.offload`, "
+    "and await it",
     (),
 )
 _BUSY = _Cure(
     "busy-requests",
-    "Do the work of all its pieces at once in a worker process: `await anyio.to_process.run_sync(...)`",
+    "Do the work of all its pieces at once in a worker process: decorate the function that does it with "
+    "`@asyncguard.offload`, and await it",
     (),
 )
 _FAN_OUT = _Cure(
@@ -158,7 +160,7 @@ _FAN_OUT = _Cure(
 )
 _COMPUTING = _Cure(
     "computing",
-    "Compute in a worker process: `await anyio.to_process.run_sync(...)`",
+    "Compute in a worker process: decorate the function with `@asyncguard.offload`, and await it",
     (),
 )
 _WAITING = _Cure(
