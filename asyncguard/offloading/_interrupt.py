@@ -20,8 +20,8 @@ __all__ = ["Interrupted", "Interrupts", "is_delicate"]
 _AGAIN_AFTER = 0.01
 _IMPORTS = "<frozen importlib._bootstrap>"
 _LOGGING = logging.getLogger.__code__.co_filename
-_MONITORS = ("coverage.",)
-"""Tracers that may use `sys.monitoring`, which does not say who listens."""
+_COVERAGE = "coverage."
+"""How its modules are called: what it traces by is written in C, and has no code to be told by."""
 
 
 class Interrupted(BaseException):
@@ -155,20 +155,11 @@ def is_delicate(frame: FrameType | None, caller: CodeType | None) -> bool:
     """
     if frame is not None and frame.f_code.co_filename == _LOGGING:
         return True
-    tracers = _tracers()
+    tracer = getattr(sys.gettrace(), "__code__", None)
     while frame is not None and frame.f_code is not caller:
-        if frame.f_code.co_filename == _IMPORTS:
+        if frame.f_code is tracer or frame.f_code.co_filename == _IMPORTS:
             return True
-        if f"{frame.f_globals.get('__name__')}.".startswith(tracers):
+        if str(frame.f_globals.get("__name__")).startswith(_COVERAGE):
             return True
         frame = frame.f_back
     return False
-
-
-def _tracers() -> tuple[str, ...]:
-    """How the names of the modules begin that watch what this thread runs."""
-    tracer = sys.gettrace()
-    if tracer is None:
-        return _MONITORS
-    module = getattr(tracer, "__module__", type(tracer).__module__)  # an object of C's has none itself
-    return (*_MONITORS, f"{module}.")
