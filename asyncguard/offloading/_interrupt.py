@@ -13,13 +13,15 @@ import signal
 import sys
 import time
 from _thread import get_ident, start_new_thread
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 
-__all__ = ["Interrupted", "Interrupts"]
+__all__ = ["Interrupted", "Interrupts", "is_delicate"]
 
 _AGAIN_AFTER = 0.01
 _IMPORTS = "<frozen importlib._bootstrap>"
 _LOGGING = logging.getLogger.__code__.co_filename
+_COVERAGE = "coverage."
+"""How its modules are called: what it traces by is written in C, and has no code to be told by."""
 
 
 class Interrupted(BaseException):
@@ -40,6 +42,7 @@ class Interrupts:
         self._asked = memoryview(page).cast("Q")
         self._main = get_ident()
         self._running = 0
+        self._caller: CodeType | None = None
         self._raised = 0
         self._held = 0
         self._is_coming_again = False
@@ -70,6 +73,7 @@ class Interrupts:
         Raises:
             Interrupted: If it is to stop.
         """
+        self._caller = sys._getframe(1).f_code
         self._running = call
         if self._asked[0] == call:
             self._check(sys._getframe())
@@ -96,7 +100,7 @@ class Interrupts:
             return
         if self._asked[0] != call:
             return
-        if _is_delicate(frame) and self._come_again():
+        if is_delicate(frame, self._caller) and self._come_again():
             return
         self._raised = call
         raise Interrupted
@@ -142,16 +146,20 @@ class _Hold:
             interrupts._check(sys._getframe())
 
 
-def _is_delicate(frame: FrameType | None) -> bool:
-    """Whether an exception at this place would break more than the function.
+def is_delicate(frame: FrameType | None, caller: CodeType | None) -> bool:
+    """Whether an exception at this place, which `caller` has led to, would break more than the function.
 
-    A module whose import is cut off may never be importable again (NumPy is such a one); and the code of
-    `logging` may be about to release a lock.
+    A module whose import is cut off may never be importable again (NumPy is such a one); the code of
+    `logging` may be about to release a lock; and so may a tracer, as that of coverage, which would wait
+    for it for ever at the next line.
     """
     if frame is not None and frame.f_code.co_filename == _LOGGING:
         return True
-    while frame is not None:
-        if frame.f_code.co_filename == _IMPORTS:
+    tracer = getattr(sys.gettrace(), "__code__", None)
+    while frame is not None and frame.f_code is not caller:
+        if frame.f_code is tracer or frame.f_code.co_filename == _IMPORTS:
+            return True
+        if str(frame.f_globals.get("__name__")).startswith(_COVERAGE):
             return True
         frame = frame.f_back
     return False

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.timeouts import GRACE, LIMIT
+from tests.e2e.timeouts import BEGIN, GRACE, LIMIT
 from tests.raw_client import Connection, Response, get
 from tests.servers import Server, eventually, serve
 
@@ -310,7 +310,7 @@ def test_where_the_head_is_held_back_until_the_first_piece_a_limit_is_that_of_th
     release(server, token)
     await_texts(server, token, "ended")
     report = await_report(server, token)
-    assert (report["clock"], report["limit"]) == ("response", LIMIT / 4)
+    assert (report["clock"], report["limit"]) == ("response", BEGIN)
 
 
 @pytest.mark.parametrize("name", ["plain", "single", "gzip"])

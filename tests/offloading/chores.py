@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asyncguard.offloading._progress import report_progress
+from tests.offloading import tracer
 
 logger = logging.getLogger("tests.chores")
 request: ContextVar[str] = ContextVar("request", default="none")
@@ -260,6 +261,22 @@ def die_in_del() -> None:
 
     Sleeper()
     time.sleep(60)
+
+
+def be_traced() -> None:
+    """Half of the time that passes is the tracer's."""
+    before = sys.gettrace()
+    sys.settrace(tracer.trace)
+    report_progress(0)
+    try:
+        while True:
+            add(1)
+    finally:
+        sys.settrace(before)
+
+
+def tracer_is_whole() -> bool:
+    return not tracer.lock.locked()
 
 
 def import_slowly() -> None:

@@ -252,6 +252,17 @@ def test_an_import_is_not_cut_off(worker: Worker) -> None:
     assert worker.call(chores.slow_import_is_whole)
 
 
+def test_a_tracer_is_not_cut_off(worker: Worker) -> None:
+    """Coverage and debuggers hold locks while they look, and would wait for them for ever."""
+    for _ in range(20):
+        worker.send(chores.be_traced)
+        worker.progress()
+        worker.interrupt()
+        kind, error = worker.answer()
+        assert (kind, type(error)) == (Kind.ERROR, Interrupted)
+        assert worker.call(chores.tracer_is_whole)
+
+
 def test_a_call_that_is_to_stop_before_it_has_begun(worker: Worker) -> None:
     worker.interrupt(worker.calls + 1)
     worker.send(chores.sleep)

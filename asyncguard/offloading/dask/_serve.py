@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, NamedTuple
 
 from distributed import Worker, WorkerPlugin, get_worker
@@ -22,7 +23,7 @@ from distributed.utils import sync
 
 from asyncguard.offloading._address import resolve
 from asyncguard.offloading._failure import seal
-from asyncguard.offloading._interrupt import Interrupted, _is_delicate
+from asyncguard.offloading._interrupt import Interrupted, is_delicate
 from asyncguard.offloading._payload import Packed, PackError, UnpackError, pack
 from asyncguard.offloading._summons import Summons, read
 from asyncguard.offloading._wire import Kind
@@ -203,6 +204,7 @@ class Call:
         self._is_stoppable = is_stoppable
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
+        self._caller: CodeType | None = None
         self._is_running = False
         self._is_stopped = False
         self._is_raised = False
@@ -216,6 +218,7 @@ class Call:
         with self._lock:
             if self._is_stopped:
                 raise Interrupted
+            self._caller = sys._getframe(1).f_code
             self._is_running = True
 
     def end(self) -> None:
@@ -233,7 +236,7 @@ class Call:
                 return True
             if self._is_running:
                 # The thread does not move on: we have the GIL.
-                if _is_delicate(sys._current_frames().get(self._thread)):
+                if is_delicate(sys._current_frames().get(self._thread), self._caller):
                     return False
                 self._is_raised = True
                 _raise_in(self._thread, Interrupted)
