@@ -20,10 +20,10 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from asyncguard._request import remaining
+from asyncguard._tasks import scheduler
 from asyncguard.errors import NotOffloadable, OffloadError, OffloadTimeout, WorkerCrashed
 from asyncguard.offloading._address import Address, address_of, resolve, verify
 from asyncguard.offloading._call import CallOptions
-from asyncguard.offloading._tasks import scheduler
 
 __all__ = ["Errand", "ExecutorRunner", "ThreadRunner", "interpreters"]
 

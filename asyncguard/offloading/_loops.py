@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from typing import Any, Protocol
+
+from asyncguard import _tasks
 
 __all__ = ["AsyncioLoop", "Channel", "Loop", "Outcome", "Revocable", "running_loop"]
 
@@ -119,10 +120,10 @@ def running_trio() -> Any:
     Raises:
         RuntimeError: If it is not.
     """
-    trio: Any = sys.modules.get("trio")
-    if trio is None or not trio.lowlevel.in_trio_run():
+    try:
+        return _tasks.running_trio()
+    except RuntimeError as error:
         raise RuntimeError(
-            "no event loop runs in this thread: await the call in a coroutine; in a `def` endpoint, use "
+            f"{error}: await the call in a coroutine; in a `def` endpoint, use "
             "`anyio.from_thread.run(function, ...)`; or call `.inline(...)` here and now"
-        )
-    return trio
+        ) from None

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
+from asyncguard._tasks import scheduler, start
 from asyncguard.errors import OffloadError
-from asyncguard.offloading._tasks import scheduler, start
 
 __all__ = ["Results"]
 

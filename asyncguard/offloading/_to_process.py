@@ -17,6 +17,7 @@ import anyio
 import anyio.to_thread
 
 from asyncguard import _clock
+from asyncguard._tasks import start
 from asyncguard.errors import OffloadError, OffloadQueueFull, OffloadTimeout, PayloadError, WorkerCrashed
 from asyncguard.offloading import _borrowed, _main_module
 from asyncguard.offloading._address import Address
@@ -29,7 +30,6 @@ from asyncguard.offloading._loops import Outcome, Revocable, running_loop
 from asyncguard.offloading._payload import Body, PackError, TooBig, UnpackError, explain
 from asyncguard.offloading._summons import pack_call, variables_of
 from asyncguard.offloading._tally import Tally
-from asyncguard.offloading._tasks import start
 from asyncguard.offloading._wire import INLINE, Frame, Kind
 
 __all__ = ["ToProcessBackend"]
