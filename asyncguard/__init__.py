@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from asyncguard._install import guard, install
 from asyncguard._request import remaining
 from asyncguard.blocking import BlockingMiddleware, LoopMonitor
+from asyncguard.clients import Shared, WatchClients, check_shared, combine_lifespans, open_shared, shared
 from asyncguard.errors import (
     AppNotLoaded,
     AsyncguardError,
@@ -19,6 +20,9 @@ from asyncguard.errors import (
     OffloadQueueFull,
     OffloadTimeout,
     PayloadError,
+    SharedError,
+    SharedNotOpen,
+    SharedStartFailed,
     WorkerCrashed,
 )
 from asyncguard.events import (
@@ -26,10 +30,12 @@ from asyncguard.events import (
     BlockedLine,
     BlockReport,
     BusyReport,
+    ClientReport,
     DurationHistogram,
     HangReport,
     InFlight,
     OffloadStats,
+    SharedStatus,
     SourceLine,
     StackSample,
     StallHistogram,
@@ -52,6 +58,7 @@ __all__ = [
     "BlockedLine",
     "BlockingMiddleware",
     "BusyReport",
+    "ClientReport",
     "DurationHistogram",
     "HangReport",
     "InFlight",
@@ -64,6 +71,11 @@ __all__ = [
     "OffloadTimeout",
     "Offloaded",
     "PayloadError",
+    "Shared",
+    "SharedError",
+    "SharedNotOpen",
+    "SharedStartFailed",
+    "SharedStatus",
     "SourceLine",
     "StackSample",
     "StallHistogram",
@@ -71,14 +83,19 @@ __all__ = [
     "TimeoutMiddleware",
     "TimeoutReport",
     "Victim",
+    "WatchClients",
     "Windows",
     "WorkerCrashed",
     "abandoned",
+    "check_shared",
+    "combine_lifespans",
     "guard",
     "install",
     "offload",
+    "open_shared",
     "remaining",
     "report_progress",
+    "shared",
     "timeout",
 ]
 

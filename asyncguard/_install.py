@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypedDict, Unpack
 
 from starlette.applications import Starlette
@@ -11,9 +11,10 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from asyncguard._asgi import checked_app
-from asyncguard._options import checked_answer, checked_error_status, checked_seconds
+from asyncguard._options import checked_answer, checked_error_status, checked_flag, checked_seconds
 from asyncguard.blocking import SHORTEST_THRESHOLD, BlockingMiddleware, LoopMonitor
-from asyncguard.events import BlockReport, BusyReport, HangReport, TimeoutReport
+from asyncguard.clients import Shared, WatchClients, checked_resources, with_shared
+from asyncguard.events import BlockReport, BusyReport, ClientReport, HangReport, TimeoutReport
 from asyncguard.offloading import ANSWERS, with_pool
 from asyncguard.timeouts import InnerLayer, TimeoutMiddleware
 
@@ -40,6 +41,9 @@ def install(
     cancel_on_disconnect: bool = False,
     on_timeout: Callable[[TimeoutReport], object] | None = None,
     offload_workers: int | None = None,
+    shared: Iterable[Shared[Any]] = (),
+    watch_clients: bool = True,
+    on_client: Callable[[ClientReport], object] | None = None,
     log: bool = True,
 ) -> None:
     """Guard a Starlette or FastAPI application, in place.
@@ -69,12 +73,17 @@ def install(
         timeout_grace: After how many seconds what was cancelled and still runs is cancelled again.
         timeout_status_code: The status of the answer to a request that ran out of time.
         timeout_answer: An ASGI application, such as a Starlette `Response`, that gives that answer.
-        deadline_header: The name of a header in which callers say for how many seconds they will wait.
+        deadline_header: The name of a header in which callers say for how many seconds they will wait, and
+            shared HTTP clients tell the services that they call what is left.
         cancel_on_disconnect: Whether to cancel a handler when its client leaves.
         on_timeout: Called with each `TimeoutReport`, on a thread of its own.
         offload_workers: How many worker processes `@offload` has: started with the application, and ended
             with it. By default they are started as calls need them, up to as many as there are CPUs.
-        log: Whether to log to ``asyncguard.blocking`` and ``asyncguard.timeouts``.
+        shared: What `asyncguard.shared` has declared: opened before the application's own lifespan begins,
+            and closed after it has ended.
+        watch_clients: Whether to report lines that build a client for each request, to throw it away.
+        on_client: Called with each `ClientReport`, on a thread of its own.
+        log: Whether to log to ``asyncguard.blocking``, ``asyncguard.timeouts`` and ``asyncguard.clients``.
 
     Raises:
         TypeError: If `app` is neither a Starlette nor a FastAPI application, or an option is of the
@@ -119,6 +128,8 @@ def install(
         project_root=project_root,
         log=log,
     )
+    clients = WatchClients(app.router, on_client=on_client, project_root=project_root, log=log)
+    watching = clients if checked_flag("watch_clients", watch_clients) else None
     if offload_workers is not None:
         from asyncguard.offloading import OffloadPool
 
@@ -126,8 +137,11 @@ def install(
         lifespan: Any = app.router.lifespan_context
         spanning: Any = with_pool(lifespan, lambda: OffloadPool(offload_workers))
         app.router.lifespan_context = spanning
-    if blocking is not None or timeout is not None or offload_workers is not None:
-        stack = _GuardedStack(app, blocking, timeouts if timeout is not None else None)
+    resources = checked_resources("shared must be a list of", shared)
+    if resources:
+        app.router.lifespan_context = with_shared(app.router.lifespan_context, resources)
+    if blocking is not None or timeout is not None or watching is not None or offload_workers is not None:
+        stack = _GuardedStack(app, blocking, timeouts if timeout is not None else None, watching)
         app.build_middleware_stack = stack  # type: ignore[method-assign]
 
 
@@ -185,31 +199,42 @@ class _GuardedStack:
     """
 
     def __init__(
-        self, app: Starlette, blocking: BlockingMiddleware | None, timeouts: TimeoutMiddleware | None
+        self,
+        app: Starlette,
+        blocking: BlockingMiddleware | None,
+        timeouts: TimeoutMiddleware | None,
+        clients: WatchClients | None,
     ) -> None:
         self._app = app
         self._build = app.build_middleware_stack
         self._blocking = blocking
         self._timeouts = timeouts
+        self._clients = clients
 
     def __call__(self) -> ASGIApp:
-        app, blocking, timeouts = self._app, self._blocking, self._timeouts
+        app = self._app
         for error, answer in ANSWERS.items():
             if app.exception_handlers.keys().isdisjoint(set(error.__mro__) - {Exception}):
                 app.add_exception_handler(error, answer)
-        if timeouts is None:
+        if self._timeouts is None:
             stack = self._build()
         else:
-            # The innermost of the application's middlewares, for as long as they are put together.
-            own = app.user_middleware
-            app.user_middleware = [*own, Middleware(InnerLayer)]
-            try:
-                timeouts.app = self._build()
-            finally:
-                app.user_middleware = own
-            timeouts.has_inner_layer = True
-            stack = timeouts
-        if blocking is None:
-            return stack
-        blocking.app = stack
-        return blocking
+            stack = self._build_with_inner_layer()
+            self._timeouts.has_inner_layer = True
+        # From the inside out.
+        for layer in (self._clients, self._timeouts, self._blocking):
+            if layer is not None:
+                layer.app = stack
+                stack = layer
+        return stack
+
+    def _build_with_inner_layer(self) -> ASGIApp:
+        app = self._app
+        # The innermost of the application's middlewares, for as long as they are put together.
+        own = app.user_middleware
+        app.user_middleware = [*own, Middleware(InnerLayer)]
+        try:
+            stack = self._build()
+        finally:
+            app.user_middleware = own
+        return stack

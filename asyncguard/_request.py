@@ -8,9 +8,10 @@ tasks and callbacks included, back to the record.
 from __future__ import annotations
 
 import math
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar
 from sys import getrefcount
+from types import FrameType
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -36,11 +37,34 @@ ALONE = _references_to_local()
 class Deadline(Protocol):
     """By when a request is to be answered. Both methods may be called from any thread."""
 
+    @property
+    def header(self) -> str | None:
+        """The name of the header in which services tell each other what is left; `None` if they do not."""
+
     def left(self) -> float:
         """Seconds that are left, 0 at least; plus infinity once they do not count any more."""
 
     def retune(self, seconds: float | None) -> None:
         """Give the request this many seconds in all; `None` for any time."""
+
+
+class Builds(Protocol):
+    """What wants to know of the clients that requests build for themselves. Called from any thread."""
+
+    def begin(
+        self, record: RequestRecord, kind: Any, thing: object, part: object, frame: FrameType
+    ) -> Build | None:
+        """A client is about to be built, by `frame`; `None` if nobody wants to know more."""
+
+
+class Build(Protocol):
+    """What wants to know how the building of one client goes on."""
+
+    def end(self, seconds: float) -> None:
+        """It has been built, in so many seconds."""
+
+    def fail(self) -> None:
+        """It could not be built."""
 
 
 class RequestRecord:
@@ -59,6 +83,8 @@ class RequestRecord:
         deadline: By when it is to be answered, where it is guarded by timeouts and in flight.
         arrived: When its data reached this machine, where that was asked for and is known.
         turn_since: When its last turn on the loop began.
+        builds: What wants to know of the clients that it builds, while it is in flight.
+        at_end: What is called when the request ends, by what it is called for; `None` for nothing.
         busy_at: From which `loop_time` on its turns are to be added up; plus infinity for never, `None` for
             what holds for all.
     """
@@ -71,6 +97,8 @@ class RequestRecord:
     arrived: float | None = None
     deadline: Deadline | None = None
     limited: bool = False
+    builds: Builds | None = None
+    at_end: dict[object, Callable[[], object]] | None = None
 
     _kept: tuple[Any, ...] = ()
 
@@ -81,7 +109,7 @@ class RequestRecord:
         self.receive: object = receive
 
     def finish(self) -> None:
-        """Let go of the scope and the coroutine, keeping only what names the request.
+        """Let go of the scope and the coroutine, keeping only what names the request; make its last calls.
 
         A task that runs on holds this record; it must not keep alive all that the scope leads to.
         """
@@ -89,7 +117,20 @@ class RequestRecord:
             self._kept = tuple(map(self._scope.get, _KEPT))
             self._scope = None
         self.finished_at = _clock.monotonic()
-        self.coroutine = self.receive = self.deadline = None
+        self.coroutine = self.receive = self.deadline = self.builds = None
+        calls, self.at_end = self.at_end, None
+        if calls is None:
+            return
+        for key in tuple(calls):
+            call = calls.pop(key, None)  # or a thread that runs on has taken it back: it came too late
+            if call is not None:
+                call()
+
+    @property
+    def endings(self) -> dict[object, Callable[[], object]] | None:
+        """`at_end`, to be added to, from any thread; `None` once the request has ended."""
+        calls: dict[object, Callable[[], object]] | None = vars(self).setdefault("at_end", {})  # in one step
+        return calls
 
     def __deepcopy__(self, memo: object) -> RequestRecord:
         """The same record: a copied scope is still of the same request."""

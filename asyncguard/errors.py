@@ -2,12 +2,15 @@
 
     AsyncguardError
     ├── AppNotLoaded            an import string that leads to no ASGI application
-    └── OffloadError            an offloaded call that gave no result, though its function did not raise
-        ├── NotOffloadable      a function that a worker could not find again
-        ├── OffloadQueueFull    too many calls wait already
-        ├── OffloadTimeout      the call ran out of time; also a `TimeoutError`
-        ├── PayloadError        an argument, a result or an exception that cannot be sent
-        └── WorkerCrashed       the process died under the call
+    ├── OffloadError            an offloaded call that gave no result, though its function did not raise
+    │   ├── NotOffloadable      a function that a worker could not find again
+    │   ├── OffloadQueueFull    too many calls wait already
+    │   ├── OffloadTimeout      the call ran out of time; also a `TimeoutError`
+    │   ├── PayloadError        an argument, a result or an exception that cannot be sent
+    │   └── WorkerCrashed       the process died under the call
+    └── SharedError             a shared resource that cannot be had
+        ├── SharedNotOpen       asked for where it is not open
+        └── SharedStartFailed   it could not be opened, or not in time
 
 A bad option is no member of this tree: it raises `ValueError` or `TypeError` when the application is
 built, as it does everywhere else in Python.
@@ -23,6 +26,9 @@ __all__ = [
     "OffloadQueueFull",
     "OffloadTimeout",
     "PayloadError",
+    "SharedError",
+    "SharedNotOpen",
+    "SharedStartFailed",
     "WorkerCrashed",
 ]
 
@@ -95,6 +101,32 @@ class WorkerCrashed(OffloadError):
 
     def __str__(self) -> str:
         return _with_stack(str(self.args[0]), self.stack)
+
+
+class SharedError(AsyncguardError):
+    """The root of what is raised for shared resources; see `asyncguard.shared`.
+
+    Attributes:
+        name: The name of the resource.
+    """
+
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message, name)
+        self.name: str = name
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class SharedNotOpen(SharedError):
+    """Raised when a shared resource is asked for where none is open: no lifespan, or on another loop."""
+
+
+class SharedStartFailed(SharedError):
+    """Raised when a shared resource could not be opened, or not in time. What was open already is closed.
+
+    Its cause is the exception that stopped it, if there was one.
+    """
 
 
 def _with_stack(message: str, stack: str) -> str:

@@ -11,10 +11,13 @@ __all__ = [
     "BlockedLine",
     "BusyReport",
     "Cause",
+    "ClientReport",
     "DurationHistogram",
     "HangReport",
     "InFlight",
     "OffloadStats",
+    "SharedState",
+    "SharedStatus",
     "SourceLine",
     "StackSample",
     "StallHistogram",
@@ -29,6 +32,10 @@ Cause = Literal["cpu", "waiting", "gc", "gil", "unknown"]
 """Why the loop was blocked: a line computed (`cpu`), or it slept, waited for I/O or for a lock (`waiting`).
 Or Python collected garbage (`gc`), which is no line's fault; or a line in another thread kept the global
 interpreter lock (`gil`). `unknown` where the system does not tell."""
+
+SharedState = Literal["closed", "opening", "open", "failing", "ended", "closing", "replaced"]
+"""How a shared resource is: in use (`open`), in use though its last check failed (`failing`), gone by itself
+and about to be opened anew (`ended`), or replaced by what a test has set in its place (`replaced`)."""
 
 TimeoutClock = Literal["response", "idle", "body"]
 """Which clock of a request ran out: no response had begun (`response`), a response that had begun went silent
@@ -457,3 +464,93 @@ class TimeoutReport:
         }[self.clock]
         limit = f"{self.limit:.1f}" if self.limit >= 1 else f"{self.limit:.3g}"
         return f"{self.request} {said} {limit} s"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStatus:
+    """A shared resource, as it is on one event loop.
+
+    Attributes:
+        name: Its name.
+        declared: The line that declares it.
+        state: How it is.
+        opened: When the object that is in use was opened, in seconds since the epoch; `None` if none is.
+        age: For how many seconds that has been open; `None` if none is.
+        renewals: How many times it has been replaced by a new one since the lifespan began.
+        in_use: How many of its connections are in use; `None` where the library does not tell.
+        waiting: How many callers wait for a connection; `None` where the library does not tell.
+        last_error: What went wrong last, in opening, checking or renewing it; `None` if nothing did since it
+            was last well.
+    """
+
+    name: str
+    declared: SourceLine
+    state: SharedState
+    opened: float | None = None
+    age: float | None = None
+    renewals: int = 0
+    in_use: int | None = None
+    waiting: int | None = None
+    last_error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be used."""
+        return self.state in ("open", "replaced")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientReport:
+    """A line that builds a client for each request, to throw it away.
+
+    `str(report)` is the sentence that the log shows.
+
+    Attributes:
+        id: A number that counts up within the process.
+        noticed: When that was found, in seconds since the epoch.
+        request: The label of the request that built another one: ``GET /users/{id}``.
+        client: The class of the client, such as ``httpx.AsyncClient``.
+        line: The user's line that builds it. `None` if no line of the user's led there, and the request had
+            not reached its endpoint: a library's middleware does it.
+        exact: Whether `line` was seen building it. If not, it is where the endpoint is defined: a library
+            does it for that.
+        call: What that line called, as it is written there; empty if that is not known.
+        stack: The calls from the user's outermost line to the client's constructor, outermost first.
+        times: How many that the line has built were closed, or gone, when their request ended. Of those that
+            were in use at the same time, one is counted.
+        seconds: How long it took to build one, on average.
+        advice: What to do about it.
+    """
+
+    id: int
+    noticed: float
+    request: str
+    client: str
+    line: SourceLine | None
+    exact: bool
+    call: str
+    stack: tuple[SourceLine, ...]
+    times: int
+    seconds: float
+    advice: Advice
+
+    def __str__(self) -> str:
+        place = ""
+        if self.line:
+            place = f" at {self.line}" if self.exact else f" for the endpoint {self.line}"
+        elif self.stack:
+            place = f" at {self.stack[-1]}"
+        return f"{self.headline}{place}; {self.waste}. {self.advice.text} ({self.advice.docs})"
+
+    @property
+    def headline(self) -> str:
+        """Which request builds what, without the place."""
+        return f"{self.request} builds its own {self.client}"
+
+    @property
+    def waste(self) -> str:
+        """How many have been thrown away, and how long it took to build them."""
+        return (
+            f"{self.times} before it were thrown away with their requests, "
+            f"after {self.seconds * 1000:.1f} ms to build each"
+        )

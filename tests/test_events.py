@@ -232,5 +232,5 @@ def test_events_are_values(event: Any) -> None:
 
 def test_all_events_are_public() -> None:
     classes = {name for name, value in vars(events).items() if dataclasses.is_dataclass(value)}
-    assert classes == set(events.__all__) - {"Cause", "TimeoutClock", "Windows"}
+    assert classes == set(events.__all__) - {"Cause", "SharedState", "TimeoutClock", "Windows"}
     assert issubclass(Windows, tuple)

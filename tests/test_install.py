@@ -140,7 +140,7 @@ def test_too_late(make: Any) -> None:
 def test_none_is_off() -> None:
     app = FastAPI()
     before = app.build_middleware_stack
-    asyncguard.install(app, block_threshold=None)
+    asyncguard.install(app, block_threshold=None, watch_clients=False)
     assert app.build_middleware_stack == before
     assert asyncguard.guard(application, block_threshold=None) is application
     asyncguard.install(app)

@@ -26,6 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import asyncguard
 from asyncguard._request import RequestRecord, current_request, full_template, remaining
+from asyncguard.clients._middleware import WatchClients
+from tests.asgi_driver import Client
 
 if TYPE_CHECKING:
     from tests.conftest import TurnedClock
@@ -432,6 +434,8 @@ def test_full_template(path: str, template: str, params: dict[str, Any], expecte
 
 
 class FakeDeadline:
+    header = None
+
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
@@ -487,3 +491,23 @@ async def test_what_is_left_is_known_in_tasks_and_threads() -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(task)
     assert [*seen, await anyio.to_thread.run_sync(remaining)] == [12.5, 12.5]
+
+
+def test_what_is_to_be_called_at_its_end_is_called_once() -> None:
+    calls: list[str] = []
+    records: list[RequestRecord] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        record = current_request.get()
+        assert record is not None
+        records.append(record)
+        record.at_end = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+        await PlainTextResponse("ok")(scope, receive, send)
+        assert calls == []
+
+    middlewares = (asyncguard.BlockingMiddleware, asyncguard.TimeoutMiddleware, WatchClients)
+    for middleware in middlewares:
+        calls.clear()
+        asyncio.run(Client().drive(middleware(app, log=False)))
+        assert calls == ["a", "b"]
+        assert records[-1].at_end is None

@@ -120,7 +120,7 @@ class BlockingMiddleware:
             except ValueError:
                 pass
             # What it has left behind may ask for it: a task, or a timer such as the server's own.
-            if getrefcount(record) > ALONE:
+            if record.at_end is not None or getrefcount(record) > ALONE:
                 record.finish()
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:

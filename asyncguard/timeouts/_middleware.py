@@ -68,7 +68,7 @@ class TimeoutMiddleware:
         status_code: The status of the answer.
         answer: An ASGI application, such as a Starlette `Response`, that answers instead.
         deadline_header: The name of a header in which callers say for how many seconds they will wait. It
-            never makes a limit longer.
+            never makes a limit longer. Shared HTTP clients tell the services that they call what is left.
         cancel_on_disconnect: Whether to cancel the handler when its client leaves.
         on_timeout: Called with each `TimeoutReport`, on a thread of its own.
         project_root: The directory whose files are yours.
@@ -110,6 +110,7 @@ class TimeoutMiddleware:
         self.answer: ASGIApp = self.plain_answer if answer is None else answer
         self.cancel_on_disconnect: bool = checked_flag("cancel_on_disconnect", cancel_on_disconnect)
         self.has_inner_layer: bool = False
+        self.deadline_header: str | None = deadline_header
         self._deadline_header = checked_header("deadline_header", deadline_header)
         self._hook = Hook("on_timeout", on_timeout, logger) if on_timeout is not None else None
         self._project_root = checked_directory("project_root", project_root)
@@ -144,7 +145,7 @@ class TimeoutMiddleware:
                 except ValueError:
                     pass
                 # What it has left behind may ask for it: a task, or a timer such as the server's own.
-                if getrefcount(record) > ALONE:
+                if record.at_end is not None or getrefcount(record) > ALONE:
                     record.finish()
 
     def tell(self, timeout: Timeout) -> None:

@@ -23,6 +23,7 @@ class TimeoutOptions(Protocol):
         plain_answer: What does so if `answer` fails.
         has_inner_layer: Whether `Responder.run_inside` will be called at the router.
         cancel_on_disconnect: Whether to end the work for a client that has left.
+        deadline_header: The name of the header in which callers say how long they wait; `None` for none.
     """
 
     timeout: float
@@ -33,6 +34,7 @@ class TimeoutOptions(Protocol):
     plain_answer: ASGIApp
     has_inner_layer: bool
     cancel_on_disconnect: bool
+    deadline_header: str | None
 
     def tell(self, timeout: Timeout) -> None:
         """A request has run out of time, and it is known what became of it."""

@@ -258,6 +258,10 @@ class Responder:
 
     # -- the deadline, from anywhere ---------------------------------------------------------------
 
+    @property
+    def header(self) -> str | None:
+        return self._options.deadline_header
+
     def left(self) -> float:
         return self._clocks.left(_clock.monotonic())
 

@@ -22,6 +22,8 @@ def children_of_this_process() -> set[str]:
 
 
 class _Deadline:
+    header = None
+
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 

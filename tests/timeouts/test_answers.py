@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncguard import abandoned
+from asyncguard._request import SCOPE_KEY
 from asyncguard.timeouts import _limit, _responder
 from tests.asgi_driver import (
     ANSWER,
@@ -342,6 +343,19 @@ async def test_a_caller_who_will_not_wait_is_answered_without_the_handler() -> N
     await client.drive(guarded(app, deadline_header="X-Wait"))
     assert client.status == 504
     assert called == []
+
+
+@pytest.mark.parametrize("header", [None, "X-Wait"])
+async def test_the_deadline_knows_the_header(header: str | None) -> None:
+    found: list[str | None] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        deadline = scope[SCOPE_KEY].deadline
+        found.append(deadline.header)
+        await answer_ok(scope, receive, send)
+
+    await Client().drive(guarded(app, deadline_header=header))
+    assert found == [header]
 
 
 async def test_nothing_of_the_handlers_comes_after_the_answer() -> None:

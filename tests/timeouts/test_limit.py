@@ -31,6 +31,8 @@ def _nothing_declared(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeDeadline:
     """Takes down which limits a request was given, and on which thread."""
 
+    header = None
+
     def __init__(self) -> None:
         self.limits: list[float | None] = []
         self.threads: list[int] = []
