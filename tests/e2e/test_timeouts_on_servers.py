@@ -13,7 +13,7 @@ from tests.e2e.timeouts import LIMIT
 from tests.raw_client import Connection, Truncated, get
 from tests.servers import Server, eventually, serve
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # what it is about is no matter of the Python version
 
 DOWNLOAD = 24_000_000
 
