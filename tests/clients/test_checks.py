@@ -66,8 +66,9 @@ async def test_what_a_check_says_is_told_even_if_the_object_keeps_it_to_itself(c
         clock.turn(60)
         for _ in range(3):
             assert a.get() == 1
-            while made == 1 or a.status.last_error is None:
-                await anyio.sleep(0.001)
+            with anyio.fail_after(PATIENCE):
+                while made == 1 or a.status.last_error is None:
+                    await anyio.sleep(0.001)
         assert made == 2  # not at each request
         assert "its check returned False" in str(a.status.last_error)
     with pytest.raises(SharedStartFailed, match=r"could not be opened: .*its check returned False"):
@@ -105,12 +106,13 @@ async def test_a_check_that_does_not_end_is_left_alone_in_the_end(
     with anyio.fail_after(PATIENCE):
         async with open_shared(a):
             await check_shared(timeout=0.01)
-        assert journal == ["+a", "-a"]
-        assert "was cancelled, and goes on" in caplog.text
-        if asyncio._get_running_loop() is not None:  # or `asyncio.run` would wait for it
-            assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("asyncguard")]
+        tasks = asyncio.all_tasks() if asyncio._get_running_loop() is not None else set()
         release.set()
         await anyio.sleep(0.01)
+        assert journal == ["+a", "-a"]
+        assert "was cancelled, and goes on" in caplog.text
+        # `asyncio.run` would wait for it.
+        assert not [task for task in tasks if task.get_name().startswith("asyncguard")]
 
 
 async def test_a_check_that_hangs_counts_as_starting(journal: Journal) -> None:
