@@ -194,9 +194,11 @@ def test_loop_is_not_blamed_for_computing_in_the_thread_pool(quiet: Quiet) -> No
     with quiet.recording.during(quiet.port) as recorded, busy(quiet.port):
         ask_at_once(quiet.port, "/compute", 8)
     threads_line = ("gil", (APP, marked(APP, "compute")), None)
-    # Known to go wrong now and then: a stall is told of without a line, and so without a culprit.
-    found = [report for report in recorded.reports if report.line is not None or report.request is not None]
-    assert [blamed(report) for report in found] == [threads_line] * len(found), str(recorded)
+    seen = [report for report in recorded.reports if report.exact]
+    assert [blamed(report) for report in seen] == [threads_line] * len(seen), str(recorded)
+    # Known to go wrong now and then: a stall is told of that was not seen, and so without a line, or with
+    # that of the endpoint whose turn it was.
+    assert len(recorded.reports) - len(seen) <= max(2, len(recorded.reports) / 4), str(recorded)
 
 
 def test_loop_is_not_blamed_for_a_call_in_c_in_a_thread(quiet: Quiet) -> None:

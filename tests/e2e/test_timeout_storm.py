@@ -220,6 +220,10 @@ async def ask(client: Client, number: int, plan: Plan) -> Outcome:
     return made._replace(status=answer.status, wrong=problem(answer, number))
 
 
+last_numbers = itertools.count(-1, -1)
+"""Those of the last requests of connections."""
+
+
 async def make(port: int, plans: Iterator[tuple[int, Plan]], outcomes: list[Outcome]) -> None:
     """Make one planned request after the other, on one connection as long as that lasts."""
     client = Client(port)
@@ -227,7 +231,8 @@ async def make(port: int, plans: Iterator[tuple[int, Plan]], outcomes: list[Outc
         for number, plan in plans:
             outcomes.append(await ask(client, number, plan))
         # Nothing has come behind the last response.
-        outcomes.append(await ask(client, 0, Plan("quick", 0, None, None, compressed=False)))
+        number = next(last_numbers)
+        outcomes.append(await ask(client, number, Plan("quick", 0, None, None, compressed=False)))
     finally:
         await client.close()
 
