@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from asyncguard.errors import NotOffloadable, OffloadError, PayloadError
 from asyncguard.offloading._failure import unseal
 from asyncguard.offloading._interrupt import Interrupted
-from asyncguard.offloading._wire import Frame, Kind
+from asyncguard.offloading._payload import UnpackError
+from asyncguard.offloading._wire import INLINE, Frame, Kind
 
-__all__ = ["error_of", "log_here"]
+__all__ = ["error_of", "log_here", "result_of"]
+
+_RESULT = Kind.RESULT
+_THE_RESULT = ("the result",)
 
 _MISLEADING = (
     asyncio.CancelledError,
@@ -39,6 +44,31 @@ def error_of(label: str, frame: Frame) -> BaseException:
         error.__cause__ = raised
         return error
     return raised
+
+
+async def result_of(
+    label: str, frame: Frame, in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
+) -> Any:
+    """What a call returned.
+
+    Args:
+        label: What messages call it.
+        frame: The answer to it.
+        in_thread: Has what is large unpacked off the loop.
+
+    Raises:
+        BaseException: What the call raised, or what `error_of` makes of it.
+        PayloadError: If the result cannot be rebuilt.
+    """
+    if frame.kind is not _RESULT:
+        raise error_of(label, frame)
+    body = frame.body
+    try:
+        if body.size > INLINE:
+            return (await in_thread(lambda: body.unpack(_THE_RESULT)))[0]
+        return body.unpack(_THE_RESULT)[0]
+    except UnpackError as error:
+        raise PayloadError(f"{error} (of {label})") from error.__cause__
 
 
 def log_here(attributes: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import anyio.to_thread
 
 from asyncguard.errors import OffloadError, PayloadError
 from asyncguard.offloading._address import Address
-from asyncguard.offloading._answers import error_of, log_here
+from asyncguard.offloading._answers import log_here, result_of
 from asyncguard.offloading._backend import Census, Limits
 from asyncguard.offloading._call import CallOptions
 from asyncguard.offloading._dispatcher import Dispatcher
@@ -36,8 +36,6 @@ __all__ = ["LocalBackend"]
 
 logger = logging.getLogger("asyncguard.offloading")
 
-_RESULT = Kind.RESULT
-_THE_RESULT = ("the result",)
 _READY_WITHIN = 10.0
 """Seconds that an application waits for its workers when it starts."""
 _CLOSED_WITHIN = 2.0
@@ -129,15 +127,7 @@ class LocalBackend:
                 self._files.give(file)
             else:
                 file.close()
-        if frame.kind is not _RESULT:
-            raise error_of(label, frame)
-        body = frame.body
-        try:
-            if body.size > INLINE:
-                return (await self._in_thread(lambda: body.unpack(_THE_RESULT)))[0]
-            return body.unpack(_THE_RESULT)[0]
-        except UnpackError as error:
-            raise PayloadError(f"{error} (of {label})") from error.__cause__
+        return await result_of(label, frame, self._in_thread)
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         # Of its own: those who hold all of the application's threads may be waiting for us.

@@ -21,7 +21,7 @@ from asyncguard._tasks import start
 from asyncguard.errors import OffloadError, OffloadQueueFull, OffloadTimeout, PayloadError, WorkerCrashed
 from asyncguard.offloading import _borrowed, _main_module
 from asyncguard.offloading._address import Address
-from asyncguard.offloading._answers import error_of, log_here
+from asyncguard.offloading._answers import log_here, result_of
 from asyncguard.offloading._anyio_workers import AnyioWorkers
 from asyncguard.offloading._backend import Census, Limits
 from asyncguard.offloading._borrowed import Answer, Portable
@@ -47,7 +47,6 @@ _READY_WITHIN = 10.0
 """Seconds that an application waits for its workers when it starts."""
 _CLOSED_WITHIN = 2.0
 """Seconds that closing takes at most, once all functions have had their grace."""
-_THE_RESULT = ("the result",)
 _is_told = False
 
 
@@ -207,16 +206,7 @@ class ToProcessBackend:
         except BaseException:
             self._withdraw(job)
             raise
-        frame = Frame(Kind(kind), 0, Body(*portable))
-        if frame.kind is not Kind.RESULT:
-            raise error_of(label, frame)
-        body = frame.body
-        try:
-            if body.size > INLINE:
-                return (await self._in_thread(lambda: body.unpack(_THE_RESULT)))[0]
-            return body.unpack(_THE_RESULT)[0]
-        except UnpackError as error:
-            raise PayloadError(f"{error} (of {label})") from error.__cause__
+        return await result_of(label, Frame(Kind(kind), 0, Body(*portable)), self._in_thread)
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         return await anyio.to_thread.run_sync(work, limiter=self._threads)

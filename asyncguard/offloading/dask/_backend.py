@@ -27,10 +27,10 @@ from asyncguard.errors import (
     WorkerCrashed,
 )
 from asyncguard.offloading._address import Address
-from asyncguard.offloading._answers import error_of
+from asyncguard.offloading._answers import result_of
 from asyncguard.offloading._backend import Census, Limits
 from asyncguard.offloading._call import CallOptions
-from asyncguard.offloading._payload import Packed, PackError, TooBig, UnpackError, explain
+from asyncguard.offloading._payload import Packed, PackError, TooBig, explain
 from asyncguard.offloading._summons import pack_call, variables_of
 from asyncguard.offloading._tally import Tally
 from asyncguard.offloading._wire import INLINE, Frame, Kind
@@ -46,7 +46,6 @@ _READY_WITHIN = 10.0
 _LARGE = 1 << 20
 _NO_WARNING = {"distributed.admin.large-graph-warning-threshold": "1 PB"}
 """Dask's advice on large arguments is for graphs, whose tasks may share them."""
-_THE_RESULT = ("the result",)
 
 
 class DaskBackend:
@@ -149,7 +148,8 @@ class DaskBackend:
             async with expiry:
                 answer = await self._answer(label, await self._parcel(label, call), options)
                 tally.ran(max(0.0, _clock.monotonic() - began - answer.seconds), answer.seconds)
-                return await self._result(label, answer)
+                frame = Frame(Kind(answer.kind), 0, answer.parcel.body())
+                return await result_of(label, frame, self._in_thread)
         except TimeoutError:
             if not expiry.expired():  # the function's own
                 raise
@@ -239,17 +239,6 @@ class DaskBackend:
             f"the connection to the Dask scheduler at {self.address} was lost while it had {label} to run; "
             "that is not run again"
         )
-
-    async def _result(self, label: str, answer: Answer) -> Any:
-        body = answer.parcel.body()
-        if answer.kind != Kind.RESULT:
-            raise error_of(label, Frame(Kind(answer.kind), 0, body))
-        try:
-            if body.size > INLINE:
-                return (await self._in_thread(lambda: body.unpack(_THE_RESULT)))[0]
-            return body.unpack(_THE_RESULT)[0]
-        except UnpackError as error:
-            raise PayloadError(f"{error} (of {label})") from error.__cause__
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         # Of its own: those who hold all of the application's threads may be waiting for us.
